@@ -1,0 +1,46 @@
+# `make selfplay` runs the main job, `make test` the tests; each does its own set-up and a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/countdown3
+SEED ?= 0
+
+.PHONY: selfplay test test-slow lint types check bench bench-peers clean
+
+# torch first and by itself: a CPU wheel that pip knows of then satisfies everything that comes later
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "torch>=2.10,<2.14"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+selfplay: $(VENV)/.installed
+	$(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check: test lint types
+
+bench: $(VENV)/.installed
+	$(BIN)/python scripts/bench.py --out bench/results.json
+
+bench-peers: $(VENV)/.installed
+	$(BIN)/python scripts/bench_peers.py
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Engines: what draws steps. `base` holds the protocol; one module per engine."""

@@ -1,0 +1,70 @@
+"""What a kind of problem must say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mcts.types import Problem, SearchError, Verdict
+
+
+class TaskError(SearchError):
+    """A task that cannot judge a problem (its data are broken): the search fails, the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A worked example for warm-up: the steps of one solution attempt with a value label for each prefix."""
+
+    problem: Problem
+    steps: tuple[str, ...]
+    """Texts as the policy would write them, delimiter included, EOS left out."""
+    values: tuple[float, ...]
+    """Value labels in [0, 1], one for the prompt and one per step: [1 + len(steps)]. NaN: no label."""
+    imitate: bool = True
+    """False: the value head learns from it, the policy does not (a negative)."""
+    finished: bool = True
+    """True: EOS follows the last step."""
+
+
+class Task(Protocol):
+    """One kind of problem. `check*` need no gold answer and may guide a search anywhere; `verify` compares with
+    gold and is called inside a search only in self-play (DESIGN.md, decision 3)."""
+
+    name: str
+    delimiter: str
+    """Text that ends a step (its tokens are part of the step)."""
+    max_steps: int
+    """Steps of the longest solution; a path that reaches it without an answer is lost."""
+    max_step_tokens: int
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """All problems of a split: "train", "dev" or "heldout". Fixed order; ids unique over all splits."""
+        ...
+
+    def split_steps(self, text: str) -> list[str]:
+        """Cut a solution text into steps; "".join of the result is the text."""
+        ...
+
+    def check_step(self, problem: Problem, steps: Sequence[str]) -> Verdict | None:
+        """Judge the last of `steps`, the earlier ones being fine. None: nothing to say against it.
+        A WRONG or UNPARSABLE verdict ends the path."""
+        ...
+
+    def answer(self, problem: Problem, steps: Sequence[str]) -> str | None:
+        """The answer that finished `steps` give, None where there is none."""
+        ...
+
+    def check(self, problem: Problem, answer: str) -> Verdict | None:
+        """Judge an answer without gold. None: this task cannot tell."""
+        ...
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        """Judge an answer against gold."""
+        ...
+
+    def warmup(self, seed: int) -> Iterator[Example]:
+        """An endless stream of worked examples made from the rules alone, a function of `seed`; on training
+        material only. Tasks without one raise ValueError saying what to give instead."""
+        ...

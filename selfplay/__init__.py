@@ -1,0 +1,1 @@
+"""The loop around the search library: play, learn, evaluate, checkpoint, and round again."""

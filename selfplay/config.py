@@ -1,0 +1,233 @@
+"""The typed config: YAML + key=value overrides. Imports nothing heavy, so that `--help` stays quick.
+
+A run is a function of its config: every field but those under `cluster` can change what is played or learned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message is one sentence that says what to change."""
+
+
+class Section(BaseModel):
+    """Strict: an unknown key is an error, and values are never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(BaseModel):
+    """A part chosen by name (or dotted path) with settings of its own, checked when it is built."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(Section):
+    """The policy: a Hugging Face causal LM by path or name, or a fresh one built for the task's vocabulary."""
+
+    path: str | None = None
+    """Folder or name of a causal LM; None builds `fresh`."""
+    fresh: dict[str, Any] = Field(default_factory=lambda: {"width": 96, "layers": 3, "heads": 4})
+    """Architecture of a fresh Llama: width, layers, heads, intermediate, tie_embeddings."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for hidden matrices, AdamW for the rest."""
+    lr: PositiveFloat = 2e-3
+    muon_lr: PositiveFloat = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
+    grad_clip: PositiveFloat = 1.0
+
+
+class WarmupConfig(Section):
+    """Supervised warm-up on worked examples (for Countdown: random legal play, relabelled with its result)."""
+
+    steps: int = Field(default=1000, ge=0)
+    """Optimiser steps; 0 starts from the model as it is."""
+    examples_per_step: PositiveInt = 256
+    lr_warmup_steps: int = Field(default=50, ge=0)
+    final_lr_scale: NonNegativeFloat = 0.3
+    """The learning rate decays linearly to this share of `optimizer.lr` over the warm-up."""
+    value: NonNegativeFloat = 0.5
+    """Weight of the value loss."""
+
+
+class EngineConfig(Section):
+    rows: PositiveInt = 256
+    """Sequences that decode together; part of what fixes a trace bit for bit."""
+    kv_slots: PositiveInt = 65536
+    """Tokens whose keys and values are kept at once, per worker."""
+    max_context: PositiveInt = 128
+    """Longest prompt plus path, in tokens."""
+
+
+class SearchConfig(Section):
+    """How one problem is searched."""
+
+    strategy: Part
+    budget: PositiveInt
+    """Sampled tokens per search, those thrown away included."""
+    temperature: NonNegativeFloat = 1.0
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    prior_rule: Literal["exact", "draws"] = "exact"
+
+
+class PlayConfig(Section):
+    search: SearchConfig
+    problems: PositiveInt = 4096
+    """Searches per iteration."""
+    unit: PositiveInt = 256
+    """Problems of one work unit: one shard each."""
+    open_searches: PositiveInt = 512
+    """Searches that a worker has under way at once."""
+    weighting: Literal["uniform", "solve_rate"] = "solve_rate"
+    """How problems are drawn: solve_rate favours those that the policy wins sometimes but not always."""
+    weight_floor: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Least relative weight of a problem, so that none is ever forgotten."""
+
+
+class LearnConfig(Section):
+    objective: Part = Part(name="alphazero")
+    window: PositiveInt = 3
+    """Iterations of traces that learning draws from."""
+    steps: PositiveInt = 200
+    """Optimiser steps per iteration."""
+    items_per_step: PositiveInt = 256
+    """Training sequences (trees or paths) per optimiser step, warm-up replay included."""
+    replay: float = Field(default=0.15, ge=0.0, lt=1.0)
+    """Share of fresh warm-up examples among them."""
+    final_lr_scale: NonNegativeFloat = 0.0
+    """The learning rate decays linearly to this share over the whole run (all iterations)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class EvaluateConfig(Section):
+    samples: int = Field(default=16, ge=0)
+    """Chains per problem at temperature 1 for pass@k; 0 leaves pass@k out."""
+    every: PositiveInt = 1
+    """Evaluate after every so many iterations, and always after the last."""
+
+
+class ClusterConfig(Section):
+    """Where it runs; changes no trace and no weight."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    workers: PositiveInt = 2
+    worker_threads: PositiveInt = 1
+    learner_threads: PositiveInt = 2
+    restarts: int = Field(default=8, ge=0)
+    """Dead workers replaced before the run stops and says so."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: int = Field(default=0, ge=0)
+    iterations: PositiveInt = 10
+    task: Part
+    model: ModelConfig = ModelConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    engine: EngineConfig = EngineConfig()
+    play: PlayConfig
+    learn: LearnConfig = LearnConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints kept besides the first, the best on dev and those that resume needs."""
+
+    def hash(self) -> str:
+        """Sha256 over everything that can change a trace or a weight."""
+        fields = self.model_dump(mode="json", exclude={"cluster", "keep_checkpoints", "iterations"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, with `key.path=value` overrides (values are YAML). Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}; give the path of a YAML file") from error
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} must hold a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_first_problem(error)}") from error
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must have the form key.path=value")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Field names of the section at `location`."""
+    section: Any = Config
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Part
+    return list(section.model_fields)

@@ -1,0 +1,69 @@
+"""The config refuses what it does not know, in one sentence that names the nearest key."""
+
+from pathlib import Path
+
+import pytest
+
+from selfplay.config import ConfigError, load_config, parse_config
+
+MINIMAL = "task: {name: countdown}\nplay: {search: {strategy: {name: mcts}, budget: 64}}"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_file_loads(path: Path) -> None:
+    assert load_config(path).iterations >= 1
+
+
+def test_there_are_config_files() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sead=1", "unknown key sead; did you mean seed?"),
+        ("play.problms=3", "unknown key play.problms; did you mean problems?"),
+        ("learn.optimizer.momentum=1", "unknown key learn.optimizer.momentum"),
+        ("play.search.budget=0", "play.search.budget: Input should be greater than 0"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
+        ("seed", "must have the form key.path=value"),
+        ("seed.x=1", "seed: Input should be a valid integer"),
+        ("learn.optimizer.name=sgd", "learn.optimizer.name: Input should be 'adamw' or 'muon'"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(MINIMAL, [override])
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"play is missing; add it"):
+        parse_config("task: {name: countdown}")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config nowhere.yaml"):
+        load_config(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "3"])
+def test_what_is_no_mapping_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(text)
+
+
+def test_the_written_config_reads_back_equal() -> None:
+    config = parse_config(MINIMAL, ["seed=7", "play.search.strategy.leaves=4"])
+    assert parse_config(config.to_yaml()) == config
+    assert config.play.search.strategy.settings == {"leaves": 4}
+
+
+def test_the_hash_changes_with_what_changes_traces_and_with_nothing_else() -> None:
+    base = parse_config(MINIMAL).hash()
+    assert parse_config(MINIMAL, ["seed=1"]).hash() != base
+    assert parse_config(MINIMAL, ["play.search.temperature=0.5"]).hash() != base
+    assert parse_config(MINIMAL, ["cluster.workers=7"]).hash() == base
+    assert parse_config(MINIMAL, ["iterations=99"]).hash() == base
