@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 
 @dataclass(slots=True)
@@ -23,8 +24,7 @@ class Usage:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """How much of a wave of identical requests may be sent."""
 
     leaves: int
@@ -58,9 +58,13 @@ class TokenBudget:
 
     def grant(self, leaves: int, n: int, max_tokens: int) -> Grant:
         """The largest part of the wave that fits; a Grant of zero leaves where not one token is left."""
-        if min(leaves, n, max_tokens) < 1:
+        if leaves < 1 or n < 1 or max_tokens < 1:
             raise ValueError("a wave needs at least one leaf, one step and one token")
-        free = self.remaining
+        free = self.limit - self.spent - self.reserved
+        wanted = leaves * n * max_tokens
+        if wanted <= free:
+            self.reserved += wanted
+            return Grant(leaves, n, max_tokens)
         if free < 1:
             return Grant(0, 0, 0)
         leaves = min(leaves, max(1, free // (n * max_tokens)))

@@ -68,9 +68,7 @@ class Tree:
     def __len__(self) -> int:
         return len(self.parent)
 
-    def _append(
-        self, parent: int, depth: int, step: Step | None, kind: Kind, *, prior: float, draws: int
-    ) -> int:
+    def _append(self, parent: int, depth: int, step: Step | None, kind: Kind, *, prior: float, draws: int) -> int:
         node = len(self.parent)
         self.parent.append(parent)
         self.depth.append(depth)
@@ -91,9 +89,7 @@ class Tree:
         self.children.append([])
         return node
 
-    def add(
-        self, parent: int, step: Step, *, prior: float = math.nan, kind: Kind = Kind.STEP, draws: int = 1
-    ) -> int:
+    def add(self, parent: int, step: Step, *, prior: float = math.nan, kind: Kind = Kind.STEP, draws: int = 1) -> int:
         """A new child of `parent`; returns its index. Merging of repeated steps is the caller's affair."""
         if self.terminal[parent]:
             raise ValueError(f"node {parent} is terminal and cannot have children")

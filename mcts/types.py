@@ -63,6 +63,10 @@ class Kind(StrEnum):
     THOUGHT = "thought"
 
 
+class SettingError(ValueError):
+    """Something that a user named or set and that cannot be; the message is one sentence that says what to do."""
+
+
 class SearchError(Exception):
     """A search that cannot go on. The driver ends it as FAILED with this text and carries on with the others."""
 

@@ -23,8 +23,10 @@ from pydantic import (
     ValidationError,
 )
 
+from selfplay.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence that says what to change."""
 
 
@@ -54,6 +56,8 @@ class ModelConfig(Section):
     """Architecture of a fresh Llama: width, layers, heads, intermediate, tie_embeddings."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    """Attention of the learner's forwards, by transformers' name; the engine brings its own."""
 
 
 class OptimizerConfig(Section):
@@ -75,8 +79,8 @@ class WarmupConfig(Section):
     lr_warmup_steps: int = Field(default=50, ge=0)
     final_lr_scale: NonNegativeFloat = 0.3
     """The learning rate decays linearly to this share of `optimizer.lr` over the warm-up."""
-    value: NonNegativeFloat = 0.5
-    """Weight of the value loss."""
+    negative_share: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Share of the task's negative examples that is used: they teach the value head alone."""
 
 
 class EngineConfig(Section):
@@ -121,6 +125,10 @@ class LearnConfig(Section):
     """Optimiser steps per iteration."""
     items_per_step: PositiveInt = 256
     """Training sequences (trees or paths) per optimiser step, warm-up replay included."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens per forward and backward pass; a step is cut into such batches. Changes the speed, not the loss."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the learner's forwards (autocast); weights and optimiser stay as they are."""
     replay: float = Field(default=0.15, ge=0.0, lt=1.0)
     """Share of fresh warm-up examples among them."""
     final_lr_scale: NonNegativeFloat = 0.0
@@ -168,7 +176,8 @@ class Config(Section):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 
-class UserError(ValueError):
+from mcts.types import SettingError
+
+__all__ = ["SettingError", "UserError", "known_errors"]
+
+
+class UserError(SettingError):
     """Something asked for that cannot be: a wrong path, name or value. Exit code 2."""
 
 
-def known_errors() -> tuple[type[BaseException], ...]:
-    """The error types whose message is meant for users. A library's class counts only if it was loaded at all,
-    so that asking costs no import."""
-    import sys
+RUNTIME = (
+    ("selfplay.run_folder", "RunError"),
+    ("selfplay.shards", "ShardError"),
+    ("selfplay.checkpoint", "CheckpointError"),
+    ("selfplay.learner", "NonFiniteLoss"),
+    ("mcts.types", "SearchError"),
+)
+"""Errors of what a user has, not of what a user typed. Exit code 1."""
 
-    found: list[type[BaseException]] = [UserError]
-    for module, name in (
-        ("selfplay.run_folder", "RunError"),
-        ("selfplay.shards", "ShardError"),
-        ("selfplay.checkpoint", "CheckpointError"),
-        ("selfplay.learner", "NonFiniteLoss"),
-        ("mcts.tasks", "TaskError"),
-        ("mcts.strategies", "StrategyError"),
-        ("mcts.engines.base", "EngineFull"),
-        ("mcts.engines.model", "ModelError"),
-    ):
-        loaded = sys.modules.get(module)
-        if loaded is not None:
-            found.append(getattr(loaded, name))
-    return tuple(found)
+
+def known_errors() -> tuple[type[BaseException], ...]:
+    """The error types whose message is meant for users. A class counts only if its module was loaded at all, so that
+    asking costs no import."""
+    loaded = [(sys.modules.get(module), name) for module, name in RUNTIME]
+    return (SettingError, *(getattr(module, name) for module, name in loaded if module is not None))

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mcts.types import Problem, SearchError, Verdict
+from mcts.types import Problem, SearchError, SettingError, Verdict
 
 
 class TaskError(SearchError):
     """A task that cannot judge a problem (its data are broken): the search fails, the others go on."""
+
+
+class TaskSettingError(TaskError, SettingError):
+    """No such task or setting, or a value that the task refuses: a user's to mend before anything runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +39,27 @@ class Task(Protocol):
     name: str
     delimiter: str
     """Text that ends a step (its tokens are part of the step)."""
+    joiner: str
+    """What stands between two steps' texts: a space for whole-word tokenizers, whose decoding drops it; else ""."""
     max_steps: int
     """Steps of the longest solution; a path that reaches it without an answer is lost."""
     max_step_tokens: int
+
+    def vocabulary(self) -> list[str]:
+        """Every word that a prompt or a legal step can hold, for a fresh whole-word model. Tasks whose texts are open
+        raise TaskSettingError saying to give a model instead."""
+        ...
 
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of a split: "train", "dev" or "heldout". Fixed order; ids unique over all splits."""
         ...
 
+    def read(self, text: str) -> Problem:
+        """A problem as a user types it. Raises TaskError with one sentence that says how to write it."""
+        ...
+
     def split_steps(self, text: str) -> list[str]:
-        """Cut a solution text into steps; "".join of the result is the text."""
+        """Cut a solution text into steps; `joiner`.join of the result is the text."""
         ...
 
     def check_step(self, problem: Problem, steps: Sequence[str]) -> Verdict | None:

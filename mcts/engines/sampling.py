@@ -1,0 +1,125 @@
+"""Drawing tokens: a counter-based stream of uniform numbers and the inverse distribution function.
+
+Number (i, t) of a request's stream is `hash64(seed, i, t)`, so it depends on no order and on no neighbour. Every
+tensor operation works row by row, so that a row's draw does not depend on the rows beside it either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mcts import rng
+from mcts.types import Float32
+
+UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_BELOW_ONE = 1.0 - 2.0**-52
+
+
+def _link(state: UInt64, word: UInt64) -> UInt64:
+    """One link of the `rng.hash64` chain, elementwise."""
+    state = (state ^ word) + _GOLDEN
+    state = (state ^ (state >> np.uint64(30))) * _MIX1
+    state = (state ^ (state >> np.uint64(27))) * _MIX2
+    mixed: UInt64 = state ^ (state >> np.uint64(31))
+    return mixed
+
+
+def stream_keys(seeds: Sequence[int], counts: Int64) -> UInt64:
+    """Keys of the streams of samples 0 to counts[r] - 1 of every request r, one request after the other, uint64
+    [sum(counts)]."""
+    states = np.array([rng.hash64(seed) for seed in seeds], dtype=np.uint64)
+    before = np.cumsum(counts) - counts
+    samples = np.arange(int(counts.sum())) - np.repeat(before, counts)
+    return _link(np.repeat(states, counts), samples.astype(np.uint64))
+
+
+def uniforms(keys: UInt64, counters: Int64) -> Float64:
+    """Number `counters[i]` of stream `keys[i]`, in [0, 1) with 52 random bits, float64 [k]."""
+    words: Float64 = (_link(keys, counters.astype(np.uint64)) >> np.uint64(12)) * 2.0**-52
+    return words
+
+
+class Draws(NamedTuple):
+    """What was drawn, one entry per row."""
+
+    tokens: Int64  # [k]
+    logprobs: Float32  # [k] nats, at temperature 1 over the whole vocabulary
+    behavior: Float32  # [k] nats, under the distribution drawn from; 0 where greedy
+
+
+def inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw from unnormalised `weights` float32 [k, V] with `uniform` float64 [k] in [0, 1).
+
+    Returns tokens int64 [k], never one of weight 0, and the weights' sums float64 [k]. Two levels (blocks, then
+    inside the block) because a running sum over the whole vocabulary costs several times as much.
+    """
+    k, vocabulary = weights.shape
+    width = 1 << max(1, round(math.log2(vocabulary) / 2))
+    whole = vocabulary // width
+    sums = weights[:, : whole * width].unflatten(1, (whole, width)).sum(-1)
+    if whole * width < vocabulary:
+        sums = torch.cat((sums, weights[:, whole * width :].sum(-1, keepdim=True)), 1)
+    cdf = torch.nn.functional.pad(sums.double().cumsum(1), (1, 0))
+    total = cdf[:, -1]
+    x = uniform * total
+    block = torch.searchsorted(cdf[:, 1:].contiguous(), x[:, None], right=True).clamp_(max=sums.shape[1] - 1)
+    index = block * width + torch.arange(width, device=weights.device)
+    inside = weights.gather(1, index.clamp(max=vocabulary - 1)).double()
+    inside = inside.masked_fill_(index >= vocabulary, 0.0).cumsum(1)
+    rest = torch.minimum(x - cdf.gather(1, block)[:, 0], inside[:, -1] * _BELOW_ONE)
+    place = torch.searchsorted(inside, rest[:, None], right=True)
+    return (block * width + place)[:, 0].clamp_(max=vocabulary - 1), total
+
+
+def nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but the smallest set of likeliest tokens whose mass reaches `top_p` float32 [k]; at least one stays.
+
+    Rows with `top_p` >= 1 come back as they are. Equal probabilities keep the order of the vocabulary.
+    """
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    kept = (ordered.double().cumsum(-1) - ordered < top_p[:, None]) | (top_p[:, None] >= 1.0)
+    return torch.where(torch.zeros_like(kept).scatter_(1, order, kept), probabilities, 0.0)
+
+
+def draw(logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32) -> Draws:
+    """One token per row of `logits` float32 [k, V]; `uniform`, `temperature` (0: greedy) and `top_p` are [k].
+
+    k should be a multiple of 32: the last few elements of other sizes go through other kernels on a CPU, whose last
+    bit may differ. Non-finite logits give a non-finite log-probability, which the caller must look at.
+    """
+    device = logits.device
+    probabilities = torch.softmax(logits, -1)
+    # The largest probability is 1 / sum(exp(logits - max)), so this is the log of the softmax's denominator.
+    norm = logits.amax(-1) - probabilities.amax(-1).log()
+    plain = bool((temperature == 1.0).all())
+    weights = probabilities
+    if not plain:
+        inverse = np.divide(1.0, temperature, out=np.ones_like(temperature), where=temperature > 0)
+        weights = torch.softmax(logits * torch.from_numpy(inverse).to(device)[:, None], -1)
+    truncated = bool((top_p < 1.0).any())
+    if truncated:
+        weights = nucleus(weights, torch.from_numpy(top_p).to(device))
+    tokens, total = inverse_cdf(weights, torch.from_numpy(uniform).to(device))
+    greedy = None if plain else torch.from_numpy(temperature == 0.0).to(device)
+    if greedy is not None:
+        tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - norm
+    behavior = logprobs
+    if not plain or truncated:
+        behavior = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
+        if greedy is not None:
+            behavior = behavior.masked_fill(greedy, 0.0)
+    return Draws(tokens.cpu().numpy(), logprobs.cpu().numpy(), behavior.cpu().numpy())

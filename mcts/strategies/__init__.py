@@ -1,0 +1,46 @@
+"""Strategies by name. A new one is one file and one line here; one of your own plugs in by its dotted path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from difflib import get_close_matches
+from typing import Any, cast
+
+from mcts.search import Strategy
+
+REGISTRY: dict[str, str] = {
+    "beam": "mcts.strategies.beam.Beam",
+    "best_of_n": "mcts.strategies.best_of_n.BestOfN",
+    "greedy": "mcts.strategies.best_of_n.Greedy",
+    "gumbel": "mcts.strategies.gumbel.Gumbel",
+    "index": "mcts.strategies.index.Index",
+    "mcts": "mcts.strategies.mcts.Mcts",
+    "redraw": "mcts.strategies.redraw.Redraw",
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all of them."""
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known)) or 'none'}"
+
+
+def build(name: str, /, **settings: Any) -> Strategy:
+    """A strategy from its registered name or the dotted path of its class, with its settings.
+    Raises ValueError for an unknown name, a path that cannot be imported, or an unknown or bad setting."""
+    path = REGISTRY.get(name, name)
+    module_name, _, class_name = path.replace(":", ".").rpartition(".")
+    if not module_name:
+        raise ValueError(f"unknown strategy {name!r}: {nearest(name, list(REGISTRY))}")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"strategy {name!r} cannot be imported: {error}") from error
+    if not inspect.isclass(made) or not hasattr(made, "run"):
+        raise ValueError(f"strategy {name!r} is not a class with a `run` method")
+    known = [p for p in inspect.signature(made).parameters if p not in ("args", "kwargs")]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f"strategy {name!r} has no setting {setting!r}: {nearest(setting, known)}")
+    return cast(Strategy, made(**settings))

@@ -1,0 +1,154 @@
+"""Worked examples from random legal play, relabelled with the number that the play reached.
+
+A play that reached 33 is a win of the problem with target 33 and a loss of the same problem with any other
+target. No model token is spent, and nothing is looked up in a solution: the rules alone make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mcts.tasks.base import TaskSettingError
+from mcts.tasks.numbers import OPERATION_SIGNS, Bool, Int64, NumberTable
+from mcts.tasks.plays import Plays, random_plays
+from mcts.types import Float32, Int32
+
+SYMBOLS = ("+", "-", "*", "/", "=", "|", ";", "->", ":")
+CHUNK = 4096
+"""Plays drawn together; part of what a seed means."""
+PATIENCE = 256
+"""Chunks without a single usable play after which the settings are taken to be impossible."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WarmupBatch:
+    """B examples of n numbers, all of the same length L: prompt, n - 1 steps, and EOS left out."""
+
+    words: Int32  # [B, L] indices into the task's vocabulary()
+    ends: Int32  # [n] column of the last word of the prompt and of each step; EOS would follow column L - 1
+    values: Float32  # [B, n] value labels in [0, 1], at `ends`
+    imitate: Bool  # [B] False: a negative, the policy does not learn from it
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSettings:
+    """What the stream is made of."""
+
+    target_low: int
+    target_high: int
+    negatives: int = 1
+    """Losses per win: the same play under a target that it did not reach."""
+    larger_first: bool = True
+    """Write sums and products with the larger operand first; False: in random order."""
+    focus: int | None = None
+    """A target that is wanted more often than random play reaches it."""
+    focus_share: float = 0.0
+    """Share of the plays that end at `focus`, in [0, .5]; 0: as often as it happens. Negatives follow, so that
+    the target alone tells nothing about the label."""
+
+
+def columns(count: int) -> tuple[int, Int32]:
+    """Words of an example with `count` numbers, and `WarmupBatch.ends`."""
+    lengths = [count + 3, *(left + 6 for left in range(count, 2, -1)), 5]
+    ends = np.cumsum(lengths) - 1
+    return sum(lengths), ends.astype(np.int32)
+
+
+def warmup_batches(
+    table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int, plays: int
+) -> Iterator[WarmupBatch]:
+    """Endless batches of `plays` * (1 + negatives) examples: each play, then its negatives. The examples are a
+    function of `seed`, whatever the batch size.
+
+    sets: number indices int64 [S, n] to play from, all equally likely. Raises TaskSettingError where random play does
+    not reach the targets.
+    """
+    _, ends = columns(sets.shape[1])
+    rows = plays * (1 + settings.negatives)
+    words = np.empty((0, ends[-1] + 1), dtype=np.int32)
+    imitate = np.arange(rows) % (1 + settings.negatives) == 0
+    values = np.repeat(imitate[:, None], len(ends), axis=1).astype(np.float32)
+    for chunk in _chunks(table, sets, settings, seed):
+        words = np.concatenate([words, chunk])
+        while len(words) >= rows:
+            yield WarmupBatch(words[:rows].copy(), ends, values.copy(), imitate.copy())
+            words = words[rows:]
+
+
+def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int) -> Iterator[Int32]:
+    """Word rows [any, L]: each play, then its negatives."""
+    random = np.random.default_rng(seed)
+    empty = 0
+    while True:
+        numbers = random.permuted(sets[random.integers(len(sets), size=CHUNK)], axis=1)
+        plays = random_plays(table, numbers, random)
+        # UNWRITTEN is negative and reads the appended entry.
+        reached = np.append(table.whole, -1)[np.maximum(plays.reached, -1)]
+        wanted = np.flatnonzero((reached >= settings.target_low) & (reached <= settings.target_high))
+        if settings.focus is not None and settings.focus_share > 0:
+            wanted = _focused(wanted, reached[wanted] == settings.focus, settings.focus_share)
+        if len(wanted) == 0:
+            empty += 1
+            if empty >= PATIENCE:
+                raise TaskSettingError(
+                    f"random play does not reach the targets {settings.target_low} to {settings.target_high}: "
+                    "widen the targets or the numbers"
+                )
+            continue
+        empty = 0
+        yield _with_negatives(table, plays.keep(wanted), reached[wanted], settings, random)
+
+
+def _focused(wanted: Int64, hit: Bool, share: float) -> Int64:
+    """All plays that hit, and as many of the first others as keep their share."""
+    others = round(hit.sum() * (1 - share) / share)
+    kept = hit | (np.cumsum(~hit) <= others)
+    focused: Int64 = wanted[kept]
+    return focused
+
+
+def _with_negatives(
+    table: NumberTable, plays: Plays, reached: Int64, settings: WarmupSettings, random: np.random.Generator
+) -> Int32:
+    words = _words(table, plays, settings, random)
+    if settings.negatives == 0:
+        return words
+    shape = len(reached), settings.negatives
+    other = random.integers(settings.target_low, settings.target_high, size=shape)
+    other += other >= reached[:, None]  # uniform over the targets but the one reached
+    if settings.focus is not None and settings.focus_share > 0:
+        chance = settings.focus_share / (1 - settings.focus_share)
+        turned = (random.random(shape) < chance) & (reached[:, None] != settings.focus)
+        other[turned] = settings.focus
+    targets = np.concatenate([reached[:, None], other], axis=1).ravel()
+    words = np.repeat(words, 1 + settings.negatives, axis=0)
+    words[:, plays.numbers.shape[1] + 1] = table.index(targets)
+    return words
+
+
+def _words(table: NumberTable, plays: Plays, settings: WarmupSettings, random: np.random.Generator) -> Int32:
+    """The texts of plays with the number reached as target, int32 [B, L]."""
+    symbol = {text: len(table.words) + k for k, text in enumerate(SYMBOLS)}
+    signs = np.array([symbol[sign] for sign in OPERATION_SIGNS])
+    size, count = plays.numbers.shape
+    left, right = plays.left, plays.right
+    if not settings.larger_first:
+        swap = (random.random(left.shape) < 0.5) & np.isin(plays.operation, (0, 1))
+        left, right = np.where(swap, right, left), np.where(swap, left, right)
+
+    def constant(text: str) -> Int64:
+        return np.full((size, 1), symbol[text])
+
+    parts = [plays.numbers, constant("->"), plays.reached[:, None], constant(":")]
+    for k, after in enumerate(plays.after):
+        parts += [left[k][:, None], signs[plays.operation[k]][:, None], right[k][:, None], constant("=")]
+        parts += [after[:, -1:]]
+        if k < count - 2:
+            parts += [constant("|"), after, constant(";")]
+    return np.concatenate(parts, axis=1).astype(np.int32)

@@ -1,0 +1,1 @@
+"""Judges of what a model wrote. Nothing here evaluates text in this process."""

@@ -1,0 +1,5 @@
+"""`python -m selfplay` is `selfplay`."""
+
+from selfplay.cli import main
+
+main()

@@ -1,0 +1,191 @@
+"""What a run needs to continue, one folder per iteration; `state.json`, written last, makes it exist.
+
+Everything is written into a temporary folder beside the final one, synced, and renamed. `state.json` lists every
+other file with its size and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from mcts.engines.model import Policy
+
+STATE = "state.json"
+OPTIMIZER = "optimizer.pt"
+FORMAT = 1
+_NAME = re.compile(r"\d{5,}")
+_CHUNK = 1 << 20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or trusted; the message is one sentence that says what to do."""
+
+
+def path_of(checkpoints: Path, iteration: int) -> Path:
+    """The folder of a checkpoint, whether it exists or not."""
+    return checkpoints / f"{iteration:05d}"
+
+
+def save(
+    checkpoints: Path, iteration: int, policy: Policy, optimizer: dict[str, Any] | None, state: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of `iteration` and return its folder; an earlier one of that number is replaced.
+
+    `optimizer` is a state dict of tensors and plain values; `state` is plain JSON. Raises CheckpointError where it
+    cannot be written; then nothing has changed.
+    """
+    from mcts.engines.model import save_policy
+
+    final = path_of(checkpoints, iteration)
+    building = checkpoints / f".{final.name}.new"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _remove(building)
+        building.mkdir()
+        save_policy(policy, building)
+        if optimizer is not None:
+            torch.save(optimizer, building / OPTIMIZER)
+        names = _files(building)
+        listed = {name: _entry(building / name) for name in names}
+        for name in names:
+            _sync(building / name)
+        with open(building / STATE, "w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, "iteration": iteration, "state": state, "files": listed}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        for folder in sorted({(building / name).parent for name in [*names, STATE]}):
+            _sync(folder)
+        if final.exists():  # left by a phase that is being done again
+            old = checkpoints / f".{final.name}.old"
+            _remove(old)
+            final.rename(old)
+            building.rename(final)
+            _remove(old)
+        else:
+            building.rename(final)
+        _sync(checkpoints)
+    except (OSError, ValueError, TypeError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {final} cannot be written: {error}") from error
+    return final
+
+
+def latest(checkpoints: Path) -> int | None:
+    """Number of the newest checkpoint that exists (has a `state.json`); None where there is none."""
+    return max(existing(checkpoints), default=None)
+
+
+def existing(checkpoints: Path) -> list[int]:
+    """Numbers of all checkpoints, ascending."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(p.name) for p in checkpoints.iterdir() if _NAME.fullmatch(p.name) and (p / STATE).is_file())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that `save` was given. Checks no file."""
+    state: dict[str, Any] = _manifest(checkpoint)["state"]
+    return state
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise CheckpointError naming the first file that is missing, has another size, or another content."""
+    for name, entry in _manifest(checkpoint)["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {checkpoint} lacks {name}; restore the file or go back a checkpoint")
+        found = _entry(path)
+        for what in ("size", "sha256"):
+            if found[what] != entry[what]:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} is damaged: {name} has {what} {found[what]} instead of {entry[what]}; "
+                    "restore the file or go back a checkpoint"
+                )
+
+
+def load(
+    checkpoint: Path, device: str = "cpu", dtype: str = "float32", attn: str = "sdpa"
+) -> tuple[Policy, dict[str, Any] | None, dict[str, Any]]:
+    """(policy, optimiser state or None, state) of a checkpoint, after `verify`. Raises CheckpointError."""
+    from mcts.engines.model import load_policy
+
+    verify(checkpoint)
+    try:
+        policy = load_policy(checkpoint, device=device, dtype=dtype, attn=attn)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the policy of checkpoint {checkpoint} cannot be loaded: {error}") from error
+    return policy, load_optimizer(checkpoint, device), read_state(checkpoint)
+
+
+def load_optimizer(checkpoint: Path, device: str = "cpu") -> dict[str, Any] | None:
+    """The optimiser state; None where the checkpoint was saved without one. Read without running any code."""
+    path = checkpoint / OPTIMIZER
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; restore the file or go back a checkpoint") from error
+    return state
+
+
+def retain(checkpoints: Path, *, keep: int, needed: Collection[int] = ()) -> list[int]:
+    """Remove all checkpoints but the newest `keep` and those `needed`; the numbers removed."""
+    if keep < 1:
+        raise ValueError(f"at least one checkpoint must be kept, not {keep}")
+    numbers = existing(checkpoints)
+    gone = [n for n in numbers[:-keep] if n not in needed]
+    for number in gone:
+        _remove(path_of(checkpoints, number))
+    return gone
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {checkpoint}: it has no {STATE}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; go back a checkpoint") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}; use the version that wrote it")
+    return manifest
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, `state.json` first: a checkpoint that is half removed does not exist."""
+    (folder / STATE).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,194 @@
+"""The commands. Each parses its arguments, calls one function of the library and prints; heavy imports wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="selfplay",
+    help="A language model improves its reasoning by tree search and self-play.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+INTERRUPTED = 130
+USAGE = 2
+
+
+def main() -> None:
+    """Run a command; turn the errors that a user can mend into one sentence and an exit code."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted; everything committed so far is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        from selfplay.errors import SettingError, known_errors
+
+        if not isinstance(error, known_errors()):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE if isinstance(error, SettingError) else 1)
+
+
+@app.command(epilog="Example: selfplay launch configs/countdown3.yaml --run-dir runs/first seed=1")
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML config")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+) -> None:
+    """Start a self-play run and see it to its end."""
+    from selfplay.config import load_config
+    from selfplay.run_folder import RunFolder
+
+    resolved = load_config(config, overrides or [])
+    folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    _drive(RunFolder.create(folder, resolved))
+
+
+@app.command(epilog="Example: selfplay resume runs/first iterations=20")
+def resume(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
+) -> None:
+    """Continue a run as if nothing had happened."""
+    from selfplay.run_folder import RunFolder
+
+    _drive(RunFolder.open(run, overrides or []))
+
+
+def _drive(run: Any) -> None:
+    """Run the loop on an open run folder, showing what it does."""
+    from rich.console import Console
+
+    from selfplay.executor import make_executor
+    from selfplay.loop import Event, Loop
+    from selfplay.report import TensorBoard, Watch, draw_curve, final_table
+
+    console = Console()
+    board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
+    executor = make_executor(run.config, run.path)
+    try:
+        with Watch() as watch:
+
+            def both(event: Event) -> None:
+                watch(event)
+                board(event)
+
+            rows = Loop(run, executor, both).go()
+    finally:
+        executor.close()
+        board.close()
+        run.close()
+    draw_curve(rows, run.path / "curve.png")
+    shown = _shown(run.path)
+    console.print(final_table(rows))
+    console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
+    for command in (f"inspect {shown} --sample 3", f"solve {shown} '{_example(run.config)}'", f"evaluate {shown}"):
+        console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _shown(path: Path) -> Path:
+    """The path as a user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _example(config: Any) -> str:
+    """A held-out problem of the run's task, as `solve` takes it."""
+    from mcts.tasks import load_task
+
+    prompt = load_task(config.task.name, **config.task.settings).problems("heldout")[0].prompt
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+@app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="a run, a folder of shards, or one shard")],
+    trace: Annotated[str | None, typer.Option(help="draw the tree of this trace (a prefix of its id will do)")] = None,
+    where: Annotated[str | None, typer.Option(help="filter, e.g. \"verdict == 'correct' and sampled > 200\"")] = None,
+    sort: Annotated[str | None, typer.Option(help="column to sort traces by; -column for descending")] = None,
+    limit: Annotated[int, typer.Option(help="most traces listed", min=1)] = 20,
+    sample: Annotated[int, typer.Option(help="show this many random wins in full", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="of --sample")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """See what the model did and why the search preferred it."""
+    from rich.console import Console
+
+    from selfplay.inspect import inspect_path
+
+    view = inspect_path(path, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
+    if as_json:
+        print(json.dumps(view.data))
+    else:
+        Console().print(view.renderable)
+
+
+@app.command(epilog="Example: selfplay evaluate runs/first --strategy greedy --strategy mcts --budget 100 --budget 400")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model folder")],
+    task: Annotated[str | None, typer.Option(help="task; default the run's")] = None,
+    problems: Annotated[Path | None, typer.Option(help="JSONL of problems instead of the task's held-out set")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="strategy name or name:key=value,...; repeatable")] = None,
+    budget: Annotated[list[int] | None, typer.Option(help="sampled tokens per problem; repeatable", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="at most this many problems", min=1)] = None,
+    split: Annotated[str, typer.Option(help="heldout or dev")] = "heldout",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
+) -> None:
+    """Accuracy against the tokens really spent, per strategy and budget, with 95% intervals."""
+    from rich.console import Console
+
+    from selfplay.evaluate import evaluate_model
+
+    report = evaluate_model(
+        model,
+        task=task,
+        problems=problems,
+        strategies=strategy or None,
+        budgets=budget or None,
+        limit=limit,
+        split=split,
+        seed=seed,
+        progress=_plain_progress(),
+    )
+    Console().print(report.table())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
+
+
+def _plain_progress() -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr, flush=True)
+
+
+@app.command(epilog="Example: selfplay solve runs/first '3 7 12 -> 33 :' --strategy mcts --show-tree")
+def solve(
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model folder")],
+    problem: Annotated[str, typer.Argument(help="the problem as the task writes it")],
+    strategy: Annotated[str, typer.Option(help="strategy name or name:key=value,...")] = "mcts",
+    budget: Annotated[int, typer.Option(help="sampled tokens", min=1)] = 400,
+    task: Annotated[str | None, typer.Option(help="task; default the run's")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    show_tree: Annotated[bool, typer.Option("--show-tree", help="draw the search tree at the end")] = False,
+) -> None:
+    """Solve one problem, showing the reasoning step by step as it comes."""
+    from rich.console import Console
+
+    from selfplay.solve import solve_problem
+
+    solved = solve_problem(
+        model, problem, strategy=strategy, budget=budget, task=task, seed=seed, show_tree=show_tree, console=Console()
+    )
+    if not solved:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

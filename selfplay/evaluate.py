@@ -1,0 +1,158 @@
+"""Accuracy against tokens really spent, per strategy and budget, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mcts.types import Problem
+from selfplay.config import SearchConfig
+from selfplay.errors import UserError
+from selfplay.source import find_source, parse_search
+from selfplay.stats import wilson
+from selfplay.worker import Answered, EvaluationJob, evaluate_problems
+
+DEFAULT_STRATEGIES = ("greedy", "sampler", "majority", "value", "beam", "mcts")
+BUDGET_STEPS = (1, 4, 16, 64)
+"""Default budgets, in worst-case solutions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One strategy at one budget over all problems."""
+
+    strategy: str
+    budget: int
+    problems: int
+    won: int
+    sampled: int
+    seconds: float
+    oracle: bool
+
+    def data(self) -> dict[str, Any]:
+        low, high = wilson(self.won, self.problems)
+        return {
+            "strategy": self.strategy,
+            "budget": self.budget,
+            "problems": self.problems,
+            "accuracy": self.won / self.problems,
+            "low": low,
+            "high": high,
+            "tokens_per_problem": self.sampled / self.problems,
+            "tokens_per_win": self.sampled / self.won if self.won else None,
+            "seconds": self.seconds,
+            "oracle": self.oracle,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `selfplay evaluate` prints and writes."""
+
+    model: str
+    lines: tuple[Line, ...]
+
+    def data(self) -> dict[str, Any]:
+        return {"model": self.model, "lines": [line.data() for line in self.lines]}
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.model}: {self.lines[0].problems} problems", title_justify="left")
+        for name in ("strategy", "budget", "accuracy", "95% interval", "tokens/problem", "tokens/win", "seconds"):
+            table.add_column(name, justify="left" if name == "strategy" else "right")
+        for line in self.lines:
+            d = line.data()
+            table.add_row(
+                line.strategy + (" (oracle)" if line.oracle else ""),
+                str(line.budget),
+                f"{100 * d['accuracy']:.1f}%",
+                f"{100 * d['low']:.1f} - {100 * d['high']:.1f}%",
+                f"{d['tokens_per_problem']:.1f}",
+                "-" if d["tokens_per_win"] is None else f"{d['tokens_per_win']:.0f}",
+                f"{line.seconds:.1f}",
+            )
+        return table
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """Problems from JSONL: `id` and `prompt`, optional `reference` and `meta`. Raises UserError naming the row."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read problems {path}: {error.strerror}") from error
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict) or not {"id", "prompt"} <= row.keys():
+            raise UserError(f"{path}, row {number}: a problem needs the fields id and prompt")
+        if row["id"] in seen:
+            raise UserError(f"{path}, row {number}: the id {row['id']!r} is there twice")
+        seen.add(row["id"])
+        problems.append(Problem(str(row["id"]), row["prompt"], row.get("reference"), row.get("meta", {})))
+    if not problems:
+        raise UserError(f"{path} holds no problems")
+    return problems
+
+
+def evaluate_model(
+    model: str,
+    *,
+    task: str | None = None,
+    problems: Path | None = None,
+    strategies: Sequence[str] | None = None,
+    budgets: Sequence[int] | None = None,
+    limit: int | None = None,
+    split: str = "heldout",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Run every strategy at every budget over the same problems. A strategy that cannot use more than one chain
+    (greedy) is run once."""
+    source = find_source(model, task)
+    kind = source.load_task()
+    if split not in ("heldout", "dev"):
+        raise UserError(f"split must be heldout or dev, not {split!r}")
+    chosen = list(kind.problems(split)) if problems is None else read_problems(problems)
+    chosen = chosen[:limit]
+    engine = source.load_engine(kind)
+    worst = kind.max_steps * kind.max_step_tokens
+    lines: list[Line] = []
+    for strategy in strategies or DEFAULT_STRATEGIES:
+        for budget in budgets or [worst * step for step in BUDGET_STEPS]:
+            if strategy == "greedy" and any(line.strategy == strategy for line in lines):
+                continue
+            search = parse_search(strategy, budget, source.config.play.search, kind)
+            answers, seconds = _run(engine, kind, chosen, search, seed, source.version)
+            line = Line(
+                strategy,
+                budget,
+                len(answers),
+                sum(a.won for a in answers),
+                sum(a.sampled for a in answers),
+                seconds,
+                any(a.oracle for a in answers),
+            )
+            lines.append(line)
+            progress(f"{strategy} at {budget} tokens: {100 * line.won / line.problems:.1f}%")
+    return Report(model, tuple(lines))
+
+
+def _run(
+    engine: Any, task: Any, problems: Sequence[Problem], search: SearchConfig, seed: int, version: int
+) -> tuple[list[Answered], float]:
+    import time
+
+    began = time.perf_counter()
+    job = EvaluationJob(tuple(problems), search, seed, version)
+    answers = evaluate_problems(engine, task, job, max_open=512)
+    return answers, time.perf_counter() - began

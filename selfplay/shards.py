@@ -1,0 +1,366 @@
+"""Shards on disk: write a pending file, commit it exactly once, read it back verified.
+
+A shard is an Arrow IPC file with zstd (schema and checksum: `selfplay.schema`). File metadata, all text:
+`schema_version`, `run_id`, `config_hash`, `rows`, `batches` (decimal), and `metadata_sha256`, the sha256 in hex
+of the other entries as JSON (an object with sorted keys, no spaces, UTF-8 unescaped). Custom metadata of each
+record batch: `index` (decimal, from 0) and `sha256` (`schema.batch_digest`). Together they reveal a flipped bit,
+a missing batch and a repeated one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import ipc
+
+from selfplay.schema import (
+    MAX_BATCH_ROWS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SECONDARY,
+    SECONDARY_USAGE,
+    batch_digest,
+    batch_of,
+)
+from selfplay.traces import Trace, canonical_json, from_row
+from selfplay.tree_rows import Row
+from selfplay.where import Predicate
+
+REQUIRED_METADATA = ("run_id", "config_hash")
+_NAME = re.compile(r"part-(\d+)\.arrow")
+_FOLDER = re.compile(r"iteration=(\d+)")
+
+
+class ShardError(RuntimeError):
+    """A shard that cannot be written, committed or trusted; the message names it and says what to do."""
+
+
+class ShardExists(ShardError):
+    """The unit was committed before, by another pending file."""
+
+
+def shard_name(part: int) -> str:
+    """File name of a unit's shard within its iteration."""
+    return f"part-{part:05d}.arrow"
+
+
+def shard_path(run: Path, iteration: int, part: int) -> Path:
+    """Final place of a unit's shard."""
+    return run / "traces" / f"iteration={iteration:05d}" / shard_name(part)
+
+
+def shard_key(path: Path) -> tuple[int, int]:
+    """(iteration, part) by the file's name; -1 for what the name does not tell."""
+    folder, name = _FOLDER.search(path.parent.name), _NAME.fullmatch(path.name)
+    return int(folder[1]) if folder else -1, int(name[1]) if name else -1
+
+
+def list_shards(path: Path, first: int | None = None, last: int | None = None) -> list[Path]:
+    """Committed shards by (iteration, part, path); iterations `first` to `last` inclusive where given.
+
+    `path` is a run, a folder with shards at any depth, or one shard. Raises ShardError where it does not exist.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ShardError(f"{path} does not exist; give a run folder, a folder of shards or one shard")
+    root = path / "traces" if (path / "traces").is_dir() else path
+    found = [(shard_key(p), p) for p in root.rglob("*.arrow") if "pending" not in p.relative_to(root).parts]
+    return [
+        p
+        for (iteration, _), p in sorted(found)
+        if (first is None or iteration >= first) and (last is None or iteration <= last)
+    ]
+
+
+def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str]) -> None:
+    """Write `rows` to `path` such that it exists only once it is whole and synced.
+
+    `metadata` must hold `run_id` and `config_hash`. A file left by an earlier attempt at the same unit is
+    replaced. Raises ValueError for rows outside the format, ShardError where the disk refuses; nothing is left
+    behind then.
+    """
+    missing = [name for name in REQUIRED_METADATA if name not in metadata]
+    if missing:
+        raise ValueError(f"a shard's metadata needs {' and '.join(missing)}")
+    batches = [batch_of(list(rows[start : start + MAX_BATCH_ROWS])) for start in range(0, len(rows), MAX_BATCH_ROWS)]
+    schema = SCHEMA.with_metadata(_file_metadata(metadata, rows=len(rows), batches=len(batches)))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            with ipc.new_file(file, schema, options=ipc.IpcWriteOptions(compression="zstd")) as writer:
+                for index, batch in enumerate(batches):
+                    custom = {"index": str(index), "sha256": batch_digest(batch)}
+                    writer.write_batch(batch, custom_metadata=custom)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise ShardError(f"cannot write shard {path}: {reason}; free space or fix the folder") from error
+
+
+def _file_metadata(metadata: Mapping[str, str], *, rows: int, batches: int) -> dict[str, str]:
+    entries = {**metadata, "schema_version": SCHEMA_VERSION, "rows": str(rows), "batches": str(batches)}
+    return {**entries, "metadata_sha256": _metadata_digest(entries)}
+
+
+def _metadata_digest(entries: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical_json(dict(entries)).encode()).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(pending: Path, final: Path) -> bool:
+    """Give a verified pending file its final name, exactly once; the pending name goes away.
+
+    True: this call committed it. False: this very file already had its final name, or the unit is committed and
+    the pending file gone (a commit that was killed between its steps, or another process's); only the tidying was
+    left then. A hard link is what makes it exactly
+    once: it fails if the final name exists. Raises ShardExists where another file was committed for the unit;
+    neither is touched then, and the pending one can be deleted. Raises ShardError for a damaged or missing
+    pending file, and where the file system has no hard links.
+    """
+    linked = False
+    try:
+        for _ in iter_batches(pending):  # what is committed can never be replaced, so look first
+            pass
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.link(pending, final)
+        linked = True
+    except FileExistsError as error:
+        if pending.exists() and not pending.samefile(final):
+            raise ShardExists(f"{final} was committed before; delete the pending file {pending}") from error
+    except (OSError, ShardError) as error:
+        if pending.exists() or not final.exists():
+            if isinstance(error, ShardError):
+                raise
+            raise ShardError(
+                f"cannot commit {pending} as {final}: {error.strerror}; "
+                "keep the run folder on one file system that has hard links and space left"
+            ) from error
+    _sync_folder(final.parent)
+    pending.unlink(missing_ok=True)
+    return linked
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
+    """Reader of a shard with its number of rows and of batches, its file metadata verified."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below, after the reader that uses it
+    except OSError as error:
+        raise ShardError(f"cannot read shard {path}: {error.strerror}") from error
+    with file:
+        with _damage(path):
+            reader = ipc.open_file(file)
+            entries = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
+        if "schema_version" not in entries:
+            raise ShardError(f"{path} is an Arrow file but no trace shard (no schema_version); give a shard")
+        major = entries["schema_version"].split(".")[0]
+        if major != SCHEMA_VERSION.split(".")[0]:
+            raise ShardError(
+                f"{path} has schema {entries['schema_version']}, this version reads {SCHEMA_VERSION}; "
+                "read it with the version that wrote it"
+            )
+        if entries.pop("metadata_sha256", None) != _metadata_digest(entries):
+            raise _damaged(path, "its metadata does not match its checksum")
+        with _damage(path):
+            rows, batches = int(entries["rows"]), int(entries["batches"])
+        yield reader, rows, batches
+
+
+def _damaged(path: Path, what: str) -> ShardError:
+    return ShardError(f"shard {path} is damaged: {what}; restore it from a copy or delete it")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises on damaged bytes into a ShardError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+        raise _damaged(path, str(error).split("\n")[0].rstrip(".")) from error
+
+
+def iter_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """Record batches of a shard, in order, each verified; one at a time in memory.
+
+    Raises ShardError on truncation, a flipped bit, a missing batch, or another major version of the schema.
+    """
+    with _open(path) as (reader, rows, batches):
+        if reader.num_record_batches != batches:
+            raise _damaged(path, f"it has {reader.num_record_batches} of {batches} batches")
+        seen = 0
+        for index in range(batches):
+            with _damage(path):
+                batch, custom = reader.get_batch_with_custom_metadata(index)
+                batch.validate(full=True)
+                entries = {k.decode(): v.decode() for k, v in (custom or {}).items()}
+                digest = batch_digest(batch)
+            if entries.get("index") != str(index) or entries.get("sha256") != digest:
+                raise _damaged(path, f"batch {index} does not match its checksum")
+            seen += batch.num_rows
+            yield batch
+        if seen != rows:
+            raise _damaged(path, f"it has {seen} of {rows} rows")
+
+
+def read_shard(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
+    """A whole shard as a table, verified; only `columns` where given (see `project`)."""
+    with _open(path) as (reader, _, _):
+        schema = reader.schema
+    batches = [project(batch, columns) for batch in iter_batches(path)]
+    return pa.Table.from_batches(batches, schema=None if batches else project_schema(schema, columns))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """File metadata of a shard, verified: `schema_version`, `run_id`, `config_hash`, `rows`, `batches`, ..."""
+    with _open(path) as (reader, _, _):
+        return {k.decode(): v.decode() for k, v in reader.schema.metadata.items()}
+
+
+def project(batch: pa.RecordBatch, columns: Iterable[str] | None) -> pa.RecordBatch:
+    """`batch` with only `columns`; `usage.sampled` or `nodes.depth` keeps a single field of a struct.
+
+    Raises KeyError for a column that the batch does not have.
+    """
+    if columns is None:
+        return batch
+    wanted = _wanted(batch.schema, columns)
+    arrays = [_pick(batch.column(name), fields) for name, fields in wanted.items()]
+    return pa.RecordBatch.from_arrays(arrays, names=list(wanted))
+
+
+def project_schema(schema: pa.Schema, columns: Iterable[str] | None) -> pa.Schema:
+    """The schema of `project`."""
+    empty = pa.RecordBatch.from_pylist([], schema=schema)
+    return project(empty, columns).schema
+
+
+def _wanted(schema: pa.Schema, columns: Iterable[str]) -> dict[str, list[str] | None]:
+    """Per top-level column, in the order of the file, the fields wanted (None: all)."""
+    fields: dict[str, list[str] | None] = {}
+    for column in columns:
+        name, _, field = column.partition(".")
+        if schema.get_field_index(name) < 0:
+            raise KeyError(f"no column {column} in the shard; it has {', '.join(schema.names)}")
+        known = fields.setdefault(name, [])
+        if known is not None:
+            fields[name] = None if not field else known if field in known else [*known, field]
+    return {name: fields[name] for name in schema.names if name in fields}
+
+
+def _pick(array: pa.Array, fields: list[str] | None) -> pa.Array:
+    """Only `fields` of a struct array or of a list of structs."""
+    if fields is None:
+        return array
+    is_list = pa.types.is_list(array.type)
+    items = array.flatten() if is_list else array
+    if not pa.types.is_struct(items.type):
+        raise KeyError(f"{array.type} has no fields; name the column alone")
+    try:
+        picked = [items.field(name) for name in fields]
+    except KeyError as error:
+        raise KeyError(f"no field {error.args[0]} in {items.type}") from error
+    struct = pa.StructArray.from_arrays(picked, names=fields)
+    if not is_list:
+        return struct
+    lengths = array.value_lengths().to_pylist()
+    offsets = [0]
+    for length in lengths:
+        offsets.append(offsets[-1] + length)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
+
+
+def select(batch: pa.RecordBatch, where: Predicate | None) -> pa.RecordBatch:
+    """The rows of `batch` that `where` admits; only the columns that it reads are made into Python values."""
+    if where is None:
+        return batch
+    rows = project(batch, where.columns or ["trace_id"]).to_pylist()
+    return batch.take(pa.array([i for i, row in enumerate(rows) if where(row)], pa.int64()))
+
+
+def iter_rows(path: Path, where: Predicate | None = None, columns: Iterable[str] | None = None) -> Iterator[Row]:
+    """Rows of one shard, or of all shards below a folder or run, that `where` admits.
+
+    Columns that this version does not know are read like the others and can be ignored. With `columns`, rows hold
+    those only (see `project`).
+    """
+    names = None if columns is None else list(columns)
+    for shard in list_shards(path):
+        for batch in iter_batches(shard):
+            yield from project(select(batch, where), names).to_pylist()
+
+
+def iter_traces(path: Path, where: Predicate | None = None, columns: Iterable[str] | None = None) -> Iterator[Trace]:
+    """`iter_rows` as traces."""
+    return map(from_row, iter_rows(path, where, columns))
+
+
+class ReplayWindow:
+    """The shards of the last `size` iterations of a run, in a fixed order: by iteration, then part."""
+
+    def __init__(self, run: Path, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"a replay window needs at least one iteration, not {size}")
+        self.run = run
+        self.size = size
+
+    def shards(self, last: int) -> list[Path]:
+        """Shards of the iterations `last - size + 1` to `last`."""
+        return list_shards(self.run, first=last - self.size + 1, last=last)
+
+    def traces(
+        self, last: int, where: Predicate | None = None, columns: Iterable[str] | None = None
+    ) -> Iterator[Trace]:
+        """Traces of those shards, one batch in memory at a time."""
+        names = None if columns is None else list(columns)
+        for shard in self.shards(last):
+            yield from iter_traces(shard, where, names)
+
+
+def content(rows: Iterable[Row]) -> list[Row]:
+    """`rows` without the columns that may differ between a run and its repetition (DESIGN.md, promise 2)."""
+    kept = []
+    for row in rows:
+        row = {name: value for name, value in row.items() if name not in SECONDARY}
+        row["usage"] = {name: n for name, n in row["usage"].items() if name not in SECONDARY_USAGE}
+        kept.append(row)
+    return kept
+
+
+def content_digest(path: Path) -> str:
+    """sha256 over the content of all shards of a run, a folder or one shard, by iteration and part, in hex.
+
+    Equal for two runs exactly if they hold the same rows in the same units; how rows fall into batches, and the
+    run's id, do not matter.
+    """
+    sha = hashlib.sha256()
+    for shard in list_shards(path):
+        table = read_shard(shard).drop_columns(list(SECONDARY)).combine_chunks()
+        sha.update(json.dumps(shard_key(shard)).encode())
+        for batch in table.to_batches():
+            usage = batch.column("usage")
+            fields = [f.name for f in usage.type if f.name not in SECONDARY_USAGE]
+            at = batch.schema.get_field_index("usage")
+            sha.update(batch_digest(batch.set_column(at, "usage", _pick(usage, fields))).encode())
+    return sha.hexdigest()

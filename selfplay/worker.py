@@ -1,0 +1,241 @@
+"""Plays work units: problems -> searches -> one pending shard each. A Ray actor is a thin shell around it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcts.search import Driver, Search
+from mcts.strategies import build as build_strategy
+from mcts.tasks import load_task
+from mcts.types import Problem, SearchResult
+from selfplay.config import Config, Part, SearchConfig
+from selfplay.shards import shard_name, write_pending
+from selfplay.traces import TraceContext, to_row
+
+if TYPE_CHECKING:
+    from mcts.engines.torch_engine import TorchEngine
+    from mcts.tasks.base import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A chunk of an iteration's problems: the unit of leasing, of commit and of repetition."""
+
+    iteration: int
+    part: int
+    problems: tuple[Problem, ...]
+    policy_version: int
+
+    @property
+    def name(self) -> str:
+        return f"iteration={self.iteration:05d}-{shard_name(self.part)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A finished unit: its pending shard waits for the driver's commit."""
+
+    unit: Unit
+    pending: Path
+    seconds: float
+    """From the first search's admission to the written file; units overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationJob:
+    """Search `problems` without learning; nothing is written."""
+
+    problems: tuple[Problem, ...]
+    search: SearchConfig
+    seed: int
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What an evaluation keeps of one search."""
+
+    problem_id: str
+    won: bool
+    """Verdict of the chosen answer."""
+    status: str
+    oracle: bool
+    sampled: int
+    chains: int
+    """Finished chains (draws of terminal nodes)."""
+    chain_wins: int
+    """Those that a check or verifier called correct."""
+    steps: int
+    distinct_steps: int
+    failed: str | None
+    """Why the search gave no answer at all, None where it did its work."""
+    seconds: float
+
+
+def stream_seed(*key: object) -> int:
+    """An unsigned 64-bit seed that depends on every part of `key` and on nothing else."""
+    text = "\x1f".join(str(part) for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def make_engine(config: Config, policy_folder: Path, value_head: Path | None, version: int, task: Task) -> TorchEngine:
+    """The torch engine on the weights in a checkpoint."""
+    from mcts.engines.model import load_policy
+    from mcts.engines.torch_engine import TorchEngine
+
+    policy = load_policy(policy_folder, head=value_head, device=config.model.device, dtype=config.model.dtype)
+    return TorchEngine(
+        policy,
+        delimiter=task.delimiter,
+        rows=config.engine.rows,
+        kv_slots=config.engine.kv_slots,
+        context=config.engine.max_context,
+        threads=config.cluster.worker_threads,
+        version=version,
+    )
+
+
+def make_search(problem: Problem, settings: SearchConfig, seed: int, *, learning: bool) -> Search:
+    return Search(
+        problem=problem,
+        strategy=build_strategy(settings.strategy.name, **settings.strategy.settings),
+        budget=settings.budget,
+        seed=seed,
+        learning=learning,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        prior_rule=settings.prior_rule,
+    )
+
+
+class Worker:
+    """Holds an engine and plays units or evaluations on it.
+
+    `enqueue` hands over a unit, `finish` works until some unit is done. Searches of the next unit start while the
+    last ones of a unit finish, so the batch stays full.
+    """
+
+    def __init__(self, config: Config, run: Path) -> None:
+        self.config = config
+        self.run = run
+        self.task = load_task(config.task.name, **config.task.settings)
+        self._engine: TorchEngine | None = None
+        self._driver: Driver | None = None
+        self._complete: deque[Unit] = deque()
+        self._results: dict[str, dict[int, SearchResult]] = {}
+        self._where: dict[int, tuple[Unit, int]] = {}  # search seed -> its unit and place there
+        self._run_id: str = json.loads((run / "run.json").read_text(encoding="utf-8"))["id"]
+        self._began: dict[str, float] = {}
+
+    def load(self, checkpoint: Path, version: int) -> None:
+        """Weights of a checkpoint folder; a no-op where they are loaded already."""
+        if self._engine is None:
+            self._engine = make_engine(
+                self.config, checkpoint / "policy", checkpoint / "value_head.safetensors", version, self.task
+            )
+        elif self._engine.version != version:
+            self._engine.load(str(checkpoint), version)
+
+    @property
+    def engine(self) -> TorchEngine:
+        if self._engine is None:
+            raise RuntimeError("load a checkpoint before playing")
+        return self._engine
+
+    def enqueue(self, unit: Unit) -> None:
+        if unit.policy_version != self.engine.version:
+            raise RuntimeError(f"unit wants policy {unit.policy_version}, loaded is {self.engine.version}")
+        if self._driver is None:
+            self._driver = Driver(self.engine, self.task, max_open=self.config.play.open_searches)
+        self._results[unit.name] = {}
+        self._began[unit.name] = time.perf_counter()
+        for position, problem in enumerate(unit.problems):
+            seed = stream_seed(self.config.seed, unit.iteration, problem.id, 0)
+            search = make_search(problem, self.config.play.search, seed, learning=True)
+            self._where[seed] = (unit, position)
+            self._driver.submit(search)
+
+    def finish(self) -> Played:
+        """Work until one unit is finished; write its pending shard."""
+        if self._driver is None or not self._results:
+            raise RuntimeError("enqueue a unit before finishing one")
+        while True:
+            if self._complete:
+                return self._write(self._complete.popleft())
+            for result in self._driver.poll():
+                unit, position = self._where.pop(result.seed)
+                results = self._results[unit.name]
+                results[position] = result
+                if len(results) == len(unit.problems):
+                    self._complete.append(unit)
+
+    def _write(self, unit: Unit) -> Played:
+        results = self._results.pop(unit.name)
+        config = self.config
+        context = TraceContext(
+            config_hash=config.hash(),
+            task=config.task.name,
+            split="train",
+            iteration=unit.iteration,
+            joiner=self.task.joiner,
+        )
+        rows = [to_row(results[i], context) for i in range(len(results))]
+        pending = self.run / "pending" / unit.name
+        write_pending(pending, rows, {"run_id": self._run_id, "config_hash": config.hash()})
+        return Played(unit, pending, time.perf_counter() - self._began.pop(unit.name))
+
+    def evaluate(self, job: EvaluationJob) -> list[Answered]:
+        """One search per problem, in the order of the problems."""
+        if job.policy_version != self.engine.version:
+            raise RuntimeError(f"job wants policy {job.policy_version}, loaded is {self.engine.version}")
+        return evaluate_problems(self.engine, self.task, job, max_open=self.config.play.open_searches)
+
+
+def evaluate_problems(engine: Any, task: Task, job: EvaluationJob, *, max_open: int) -> list[Answered]:
+    searches = [
+        make_search(p, job.search, stream_seed(job.seed, "evaluate", p.id), learning=False) for p in job.problems
+    ]
+    driver = Driver(engine, task, max_open=max_open)
+    answered = {result.seed: summarise(result) for result in driver.run(searches)}
+    return [answered[search.seed] for search in searches]
+
+
+def summarise(result: SearchResult) -> Answered:
+    tree = result.tree
+    ends = [n for n in range(len(tree)) if tree.terminal[n]]
+    chains = sum(tree.draws[n] for n in ends)
+    wins = sum(tree.draws[n] for n in ends if (v := tree.verdict[n]) is not None and v.won)
+    drawn = sum(tree.draws[1:])
+    return Answered(
+        problem_id=result.problem.id,
+        won=result.verdict is not None and result.verdict.won,
+        status=result.verdict.status.value if result.verdict is not None else "none",
+        oracle=result.oracle,
+        sampled=result.usage.sampled,
+        chains=chains,
+        chain_wins=wins,
+        steps=drawn,
+        distinct_steps=len(tree) - 1,
+        failed=result.error,
+        seconds=result.seconds,
+    )
+
+
+def units_of(problems: Sequence[Problem], *, size: int, iteration: int, policy_version: int) -> Iterator[Unit]:
+    """Cut an iteration's problems into units of `size`, the last one possibly shorter."""
+    for part, start in enumerate(range(0, len(problems), size)):
+        yield Unit(iteration, part, tuple(problems[start : start + size]), policy_version)
+
+
+def chain_search(task: Task, n: int, temperature: float) -> SearchConfig:
+    """`n` plain chains per problem with a budget that never binds."""
+    tokens = n * (task.max_steps * task.max_step_tokens)
+    part = Part.model_validate({"name": "best_of_n", "n": n})
+    return SearchConfig(strategy=part, budget=tokens, temperature=temperature)

@@ -1,0 +1,93 @@
+"""Policies and value heads on disk, and the bookkeeping of slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mcts.engines.kv import SlotPool
+from mcts.engines.model import load_policy
+from mcts.engines.value_head import ValueHead
+from tests.models import FAMILIES, make_policy, save_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_comes_back_exactly_and_stays_a_plain_hugging_face_folder(tmp_path: Path, family: str) -> None:
+    made = make_policy(family, seed=3)
+    folder = save_model(tmp_path / "ckpt", family, seed=3)
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        expected = made.model(ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder / "policy").eval()(ids).logits, expected)
+        for path in (folder, folder / "policy"):
+            policy = load_policy(path)
+            assert torch.equal(policy.model(ids).logits, expected)
+            assert policy.head is not None
+            assert made.head is not None
+            assert torch.equal(policy.head(policy.hidden(ids)), made.head(made.hidden(ids)))
+            assert policy.eos_ids == (1,)
+            np.testing.assert_allclose(policy.unembed(policy.hidden(ids)), expected, atol=1e-5)
+
+
+def test_a_plain_folder_has_no_head_and_takes_a_given_one(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "plain", head=False)
+    assert load_policy(folder).head is None
+    head = ValueHead(32, seed=5)
+    head.save(tmp_path / "head.safetensors")
+    given = load_policy(folder / "policy", head=tmp_path / "head.safetensors").head
+    assert given is not None
+    assert torch.equal(given.inner.weight, head.inner.weight)
+    ValueHead(48).save(tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="48 hidden units"):
+        load_policy(folder, head=tmp_path / "wrong.safetensors")
+
+
+def test_what_is_missing_is_named_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        load_policy(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_policy(tmp_path / "empty")
+    folder = save_model(tmp_path / "bare") / "policy"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer"):
+        load_policy(folder)
+    with pytest.raises(FileNotFoundError, match="value head"):
+        load_policy(save_model(tmp_path / "ok"), head=tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match="dtype"):
+        load_policy(tmp_path / "ok", dtype="float8")
+    (tmp_path / "ok" / "policy" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_policy(tmp_path / "ok")
+    (tmp_path / "junk.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match="not a readable"):
+        ValueHead.load(tmp_path / "junk.safetensors")
+
+
+def test_a_new_value_head_depends_on_its_seed_alone_and_says_one_half() -> None:
+    torch.manual_seed(1)
+    first = ValueHead(16, seed=4)
+    torch.manual_seed(2)
+    again, other = ValueHead(16, seed=4), ValueHead(16, seed=5)
+    assert torch.equal(first.inner.weight, again.inner.weight)
+    assert not torch.equal(first.inner.weight, other.inner.weight)
+    assert first(torch.randn(3, 16)).tolist() == [0.5] * 3
+
+
+def test_slots_are_handed_out_once_and_never_beyond_the_pool() -> None:
+    pool = SlotPool(10)
+    assert pool.reserve(10)
+    assert not pool.reserve(1)
+    first, second = pool.take(4), pool.take(6)
+    assert sorted([*first, *second]) == list(range(10))
+    with pytest.raises(RuntimeError, match="reserved"):
+        pool.take(1)
+    pool.give(first)
+    assert sorted(pool.take(4)) == sorted(first)
+    pool.release(10)
+    assert pool.reserve(10)

@@ -1,0 +1,196 @@
+"""A checkpoint exists whole or not at all, and says which file of it was damaged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from selfplay.checkpoint import (
+    CheckpointError,
+    existing,
+    latest,
+    load,
+    path_of,
+    read_state,
+    retain,
+    save,
+    verify,
+)
+from selfplay.learner import Budget, Learner, LearnerSettings
+from selfplay.objectives import Sft
+from selfplay.optimizers import OptimizerSettings
+from tests.selfplay.learning import FakeTrace, random_tree, tiny_policy
+
+
+@pytest.fixture(scope="module")
+def learner():
+    import numpy as np
+
+    learner = Learner(tiny_policy(), Sft(value=0.5), LearnerSettings(OptimizerSettings(), max_length=64, threads=1))
+    learner.learn(1, [FakeTrace(random_tree(np.random.default_rng(0)))], Budget(steps=1))
+    return learner
+
+
+def test_what_was_saved_is_what_is_loaded(learner, tmp_path):
+    state = {"iteration": 3, "rng": [1, 2], "rates": {"a": 0.5}}
+    folder = save(tmp_path, 3, learner.policy, learner.state_dict(), state)
+    assert folder == path_of(tmp_path, 3) == tmp_path / "00003"
+    assert {p.name for p in folder.iterdir()} == {"policy", "value_head.safetensors", "optimizer.pt", "state.json"}
+    policy, optimizer, found = load(folder)
+    assert found == state == read_state(folder)
+    for ours, theirs in ((policy.model, learner.policy.model), (policy.head, learner.policy.head)):
+        old = theirs.state_dict()
+        assert all(torch.equal(value, old[name]) for name, value in ours.state_dict().items())
+    fresh = Learner(policy, Sft(value=0.5), learner.settings)
+    fresh.load_state_dict(optimizer)
+    before, after = learner.state_dict()["adamw"]["state"], fresh.state_dict()["adamw"]["state"]
+    assert all(torch.equal(before[k]["exp_avg_sq"], after[k]["exp_avg_sq"]) for k in before)
+
+
+def test_the_policy_folder_loads_with_transformers_alone(learner, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save(tmp_path, 0, learner.policy, None, {})
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    ids = AutoTokenizer.from_pretrained(folder / "policy")("w5 w6", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, learner.policy.model(ids).logits)
+
+
+def test_every_damaged_or_missing_file_is_named(learner, tmp_path):
+    folder = save(tmp_path, 1, learner.policy, learner.state_dict(), {})
+    verify(folder)
+    names = list(json.loads((folder / "state.json").read_text())["files"])
+    assert {"policy/model.safetensors", "value_head.safetensors", "optimizer.pt"} <= set(names)
+    for name in names:
+        path = folder / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{name} has sha256"):
+            load(folder)
+        path.write_bytes(content[:-1])
+        with pytest.raises(CheckpointError, match=f"{name} has size"):
+            verify(folder)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=f"lacks {name}"):
+            verify(folder)
+        path.write_bytes(content)
+    verify(folder)
+
+
+def test_a_checkpoint_without_state_does_not_exist(learner, tmp_path):
+    save(tmp_path, 1, learner.policy, None, {})
+    save(tmp_path, 2, learner.policy, None, {})
+    assert latest(tmp_path) == 2
+    (path_of(tmp_path, 2) / "state.json").unlink()
+    assert latest(tmp_path) == 1
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load(path_of(tmp_path, 2))
+    path_of(tmp_path, 1).joinpath("state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        read_state(path_of(tmp_path, 1))
+    assert latest(tmp_path / "nowhere") is None
+
+
+def test_saving_again_replaces_the_checkpoint(learner, tmp_path):
+    save(tmp_path, 1, learner.policy, None, {"try": 1})
+    save(tmp_path, 1, learner.policy, None, {"try": 2})
+    assert read_state(path_of(tmp_path, 1)) == {"try": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["00001"]
+
+
+def test_a_state_that_is_no_json_leaves_nothing_behind(learner, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(tmp_path, 1, learner.policy, None, {"bad": object()})
+    assert latest(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_file_that_runs_code_is_refused(learner, tmp_path):
+    folder = save(tmp_path, 1, learner.policy, {"x": torch.zeros(1)}, {})
+    torch.save({"x": subprocess.Popen}, folder / "optimizer.pt")
+    manifest = json.loads((folder / "state.json").read_text())
+    del manifest["files"]["optimizer.pt"]
+    (folder / "state.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt cannot be read"):
+        load(folder)
+
+
+def test_retention_keeps_the_newest_and_those_that_are_needed(learner, tmp_path):
+    for number in range(6):
+        save(tmp_path, number, learner.policy, None, {})
+    assert retain(tmp_path, keep=2, needed={0, 2}) == [1, 3]
+    assert existing(tmp_path) == [0, 2, 4, 5]
+    with pytest.raises(ValueError, match="at least one"):
+        retain(tmp_path, keep=0)
+
+
+class Death(BaseException):
+    """The process ends here: nothing may catch it."""
+
+
+def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tmp_path, monkeypatch):
+    """Every sync, rename and removal is a moment to die at; the next save goes on from whatever was left."""
+    calls = {"left": -1}
+
+    def dying(real):
+        def call(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise Death
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    save(tmp_path, 1, learner.policy, None, {"try": 0})
+    for moment in itertools.count(1):
+        calls["left"] = moment
+        try:
+            save(tmp_path, 2, learner.policy, None, {"try": moment})
+        except Death:
+            calls["left"] = -1
+            for number in existing(tmp_path):
+                verify(path_of(tmp_path, number))
+            assert read_state(path_of(tmp_path, 1)) == {"try": 0}
+        else:
+            break
+    calls["left"] = -1
+    assert moment > 20
+    assert read_state(path_of(tmp_path, 2)) == {"try": moment}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00001", "00002"]
+
+
+SAVER = """
+import itertools, pathlib, sys
+from selfplay.checkpoint import save
+from tests.selfplay.learning import tiny_policy
+policy = tiny_policy()
+print("ready", flush=True)
+for number in itertools.count():
+    save(pathlib.Path(sys.argv[1]), number % 4, policy, None, {"number": number})
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_killed_leaves_whole_checkpoints_only(tmp_path):
+    writer = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    for number in existing(tmp_path):
+        load(path_of(tmp_path, number))
+    save(tmp_path, 9, tiny_policy(), None, {})
+    assert latest(tmp_path) == 9

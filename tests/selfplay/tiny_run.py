@@ -1,0 +1,123 @@
+"""A run small enough for tests, and a child process that kills itself at a chosen moment of it.
+
+`python -m tests.selfplay.tiny_run MOMENT RUN` launches (or, where RUN exists, resumes) the tiny run; MOMENT is one
+of MOMENTS, or "never".
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from selfplay.config import Config, parse_config
+
+CONFIG = """
+seed: 3
+iterations: 2
+task: {name: countdown, numbers: 3, heldout_problems: 24, dev_problems: 16}
+model: {fresh: {width: 32, layers: 1, heads: 2}}
+warmup: {steps: 12, examples_per_step: 16, lr_warmup_steps: 2}
+engine: {rows: 32, kv_slots: 8192, max_context: 64}
+play:
+  problems: 24
+  unit: 8
+  open_searches: 16
+  search: {strategy: {name: mcts, commit: never}, budget: 96}
+learn: {steps: 4, items_per_step: 16}
+evaluate: {samples: 2}
+cluster: {executor: inline, learner_threads: 1}
+"""
+
+MOMENTS = (
+    "warm-up",
+    "play",
+    "before commit",
+    "during commit",
+    "learn",
+    "during checkpoint",
+    "after checkpoint",
+    "evaluate",
+)
+
+
+def tiny_config(*overrides: str) -> Config:
+    return parse_config(CONFIG, overrides)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arrange(moment: str) -> None:
+    """Patch the product so that this process is killed at `moment` of iteration 1 (warm-up: iteration 0)."""
+    from selfplay import checkpoint, loop, report
+
+    show = report.Watch.__call__
+    commit, link, unlink = loop.commit, os.link, Path.unlink
+    save, rename = loop.Loop._evaluate, os.rename
+    commits = 0
+
+    def watch(self: report.Watch, event: Any) -> None:
+        show(self, event)
+        if (
+            event.phase == moment
+            and event.iteration == (0 if moment == "warm-up" else 1)
+            and 2 * event.done >= event.total
+        ):
+            _die()
+
+    def counted(pending: Path, final: Path) -> bool:
+        nonlocal commits
+        commits += 1
+        if commits == 2 and moment == "before commit":
+            _die()
+        if commits == 2 and moment == "during commit":
+
+            def linked(*args: Any, **kwargs: Any) -> None:
+                link(*args, **kwargs)
+                _die()
+
+            os.link = linked  # type: ignore[assignment]
+        return commit(pending, final)
+
+    def evaluate(self: Any, iteration: int) -> None:
+        if iteration == 1 and moment == "after checkpoint":
+            _die()
+        save(self, iteration)
+
+    report.Watch.__call__ = watch  # type: ignore[method-assign]
+    loop.commit = counted  # type: ignore[assignment]
+    loop.Loop._evaluate = evaluate  # type: ignore[method-assign]
+    if moment == "during checkpoint":
+        inner = checkpoint.save
+
+        def torn(run: Path, iteration: int, *args: Any, **kwargs: Any) -> Any:
+            if iteration == 1:
+                # everything is on disk but the name that makes it exist
+                os.rename = os.replace = lambda *_a, **_k: _die()  # type: ignore[assignment]
+            return inner(run, iteration, *args, **kwargs)
+
+        checkpoint.save = torn  # type: ignore[assignment]
+    del unlink, rename
+
+
+def main(moment: str, run: str) -> None:
+    from selfplay import cli
+
+    if moment != "never":
+        arrange(moment)
+    folder = Path(run)
+    if (folder / "run.json").exists():
+        sys.argv = ["selfplay", "resume", run]
+    else:
+        config = folder.parent / "tiny.yaml"
+        config.write_text(CONFIG, encoding="utf-8")
+        sys.argv = ["selfplay", "launch", str(config), "--run-dir", run]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
