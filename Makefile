@@ -40,7 +40,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench.py --out bench/results.json
 
 bench-peers: $(VENV)/.installed
-	$(BIN)/python scripts/bench_peers.py
+	$(BIN)/python scripts/bench_peers.py --run $(RUN)
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

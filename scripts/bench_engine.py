@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedTokenizerFast
 
+from mcts.engines.counters import Counters
 from mcts.engines.model import Policy, load_policy
 from mcts.engines.torch_engine import TorchEngine
 from mcts.engines.value_head import ValueHead
@@ -119,10 +120,9 @@ def bench_engine(
 ) -> dict[str, Any]:
     """The engine on `Chains`: tokens per second, time outside the model, forwarded tokens over the least possible."""
     engine = TorchEngine(policy, ";", rows=rows, kv_slots=1 << 18)
-    engine.clock = CLOCK
+    engine.batch.clock = CLOCK
     Chains(engine, 8, prompt, 2, 2, step).run()
-    before = engine.counters
-    engine.counters = type(before)()
+    engine.batch.counters = Counters()
     load = Chains(engine, searches, prompt, width, depth, step)
     seconds = load.run()
     counters = engine.counters
@@ -157,7 +157,13 @@ def main() -> None:
     bare_loop(policy, arguments.rows, arguments.prompt, 4, 1)
     bare = bare_loop(policy, arguments.rows, arguments.prompt, drawn, rounds)
     engine = bench_engine(
-        policy, arguments.rows, arguments.searches, arguments.prompt, arguments.width, arguments.step, arguments.depth
+        policy,
+        arguments.rows,
+        arguments.searches,
+        arguments.prompt,
+        arguments.width,
+        arguments.step,
+        arguments.depth,
     )
     ratio = engine["tokens_per_second"] / bare["tokens_per_second"]
     print(json.dumps({"bench": "engine", "bare": bare, "engine": engine, "ratio": ratio, **vars(arguments)}))

@@ -97,8 +97,7 @@ def our_curve(run: Path) -> list[Point]:
         if row["wall_seconds"] < before:
             raise UserError(f"{run} was resumed, so its clock is in pieces; give a run that was not interrupted")
         before = row["wall_seconds"]
-        if row["iteration"] > 0:
-            evaluating += row["evaluate_seconds"]
+        evaluating += row["evaluate_seconds"] if row["iteration"] > 0 else 0.0
         if row.get("heldout_pass1") is not None:
             curve.append(Point(before - rows[0]["wall_seconds"] - evaluating, row["heldout_pass1"]))
     return curve

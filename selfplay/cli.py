@@ -46,9 +46,11 @@ def launch(
 ) -> None:
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
+    from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
     resolved = load_config(config, overrides or [])
+    check_parts(resolved)
     folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
 

@@ -196,5 +196,6 @@ def start_local_ray(config: Config) -> None:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
+        _system_config={"worker_niceness": 0},  # ours is the job that this machine is for
         runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
     )

@@ -131,8 +131,10 @@ class LearnConfig(Section):
     """Arithmetic of the learner's forwards (autocast); weights and optimiser stay as they are."""
     replay: float = Field(default=0.15, ge=0.0, lt=1.0)
     """Share of fresh warm-up examples among them."""
+    lr_scale: PositiveFloat = 1.0
+    """The learning rate begins self-play at this share of `optimizer.lr` ..."""
     final_lr_scale: NonNegativeFloat = 0.0
-    """The learning rate decays linearly to this share over the whole run (all iterations)."""
+    """... and decays linearly to this share over the whole run (all iterations)."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

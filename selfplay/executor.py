@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mcts.strategies import build as build_strategy
+from mcts.tasks import load_task
 from selfplay.config import Config
+from selfplay.errors import UserError
+from selfplay.objectives import build_objective
 from selfplay.trainer import Trainer
 from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
 
@@ -101,6 +105,16 @@ class InlineExecutor:
     def close(self) -> None:
         self._worker = None
         self._trainer = None
+
+
+def check_parts(config: Config) -> None:
+    """Build every part that the config names by hand, so that a wrong name or setting is found before anything is
+    written. Raises SettingError."""
+    load_task(config.task.name, **config.task.settings)
+    build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
+    build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    if config.model.path is not None and not Path(config.model.path).is_dir():
+        raise UserError(f"there is no model folder {config.model.path}; set model.path to a Hugging Face folder")
 
 
 def make_executor(config: Config, run: Path) -> Executor:

@@ -25,6 +25,10 @@ TREE_TOLERANCE = 1e-3
 """Largest difference in nats between a tree's log-probabilities and its paths' for which the model is trusted."""
 
 
+PATHS_PER_ROW = 3
+"""Shorter rows would mostly hold copies."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
     """What a forward over a `Packed` gives; M predicted tokens, V value labels."""
@@ -82,9 +86,20 @@ def batches(items: Sequence[Item], tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def fit(items: Sequence[Item], max_length: int, *, tree_mask: bool) -> list[Item]:
-    """Items as the model can take them: cut to `max_length`, or one segment per path without a tree mask."""
-    return [cut(item if tree_mask else split_paths(item), max_length) for item in items]
+def fit(items: Sequence[Item], max_length: int, *, row_length: int | None = None, tree_mask: bool = True) -> list[Item]:
+    """Items as the model can take them: cut to `max_length` tokens, or one segment per path without a tree mask.
+
+    Trees are cut to `row_length` already where that is at least PATHS_PER_ROW of their longest paths: attention over
+    a long row costs more than the copies of a path, and the gradients are the same.
+    """
+    fitted = []
+    for item in items:
+        item = item if tree_mask else split_paths(item)
+        limit = max_length
+        if row_length is not None and len(item) > row_length:
+            limit = min(max_length, max(row_length, PATHS_PER_ROW * (int(item.position.max()) + 1)))
+        fitted.append(cut(item, limit))
+    return fitted
 
 
 @torch.no_grad()

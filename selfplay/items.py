@@ -121,21 +121,22 @@ def from_tree(
     wins: Collection[int] = (),
     groups: Sequence[tuple[Sequence[int], Float32]] = (),
     values: Float32 | None = None,
+    sampled: bool = False,
     version: int = -1,
 ) -> Item | None:
     """The item of a tree; None where it would carry no loss.
 
     `wins`: terminal nodes whose paths are imitated; a token shared by several of them weighs as often. `groups`:
     sibling groups as `policy_groups` gives them. `values`: labels [N], NaN for none, read at each node's last token,
-    the prompt's included. Branches that carry no loss are left out. Raises PackingError for nodes that were
-    conditioned on other nodes than their ancestors.
+    the prompt's included. `sampled`: every drawn token counts for the KL. Branches that carry no loss are left out.
+    Raises PackingError for nodes that were conditioned on other nodes than their ancestors.
     """
     size = len(tree)
     imitated = np.zeros(size, dtype=np.float32)
     for win in wins:
         imitated[tree.path(win)] += 1.0
     imitated[ROOT] = 0.0
-    needed = imitated > 0
+    needed = (imitated > 0) | sampled
     for children, _ in groups:
         needed[list(children)] = True
     if values is not None:
@@ -174,15 +175,15 @@ def from_tree(
         below[tree.parent[node]] = max(below[tree.parent[node]], below[node])
     members = [c for children, _ in groups for c in children]
     labelled = [] if values is None else [n for n in order if not np.isnan(values[n])]
-    sampled = np.ones(at, dtype=np.float32)
-    sampled[: end[ROOT]] = 0.0
+    drawn = np.full(at, float(sampled), dtype=np.float32)
+    drawn[: end[ROOT]] = 0.0
     return Item(
         token_ids=np.concatenate(ids).astype(np.int32),
         parent_token=np.asarray(parents, dtype=np.int32),
         position=np.asarray(positions, dtype=np.int32),
         exits=np.repeat(below[order], lengths),
         nll_weight=np.repeat(imitated[order], lengths),
-        sampled=sampled,
+        sampled=drawn,
         logprobs=np.concatenate(logprobs).astype(np.float32),
         reference=np.full(at, np.nan, dtype=np.float32),
         span_start=start[members],

@@ -37,7 +37,10 @@ class LearnerSettings:
     batch_tokens: int = 1536
     """Tokens per forward and backward; a step is cut into such batches. It changes the speed, not the loss."""
     max_length: int = 4096
-    """Longest row in tokens; longer trees are cut."""
+    """Longest sequence in tokens that the model is given; longer trees are cut, a longer path is an error."""
+    row_length: int | None = None
+    """Rows that trees are cut to for speed; None: the model's width, where attention begins to cost as much as all
+    the rest. It changes the speed, not the loss."""
     kernels: bool = True
     """Train a small Llama on CPU with hand-written gradients where they agree with the model's own."""
     threads: int = 2
@@ -94,8 +97,12 @@ class Learner:
         self.optimizer = Optimizer(policy.model, policy.head, settings.optimizer)
         self.encode_examples = ExampleEncoder(policy.tokenizer, encode_prompt)
         self.tree_mask = check_tree_mask(policy, max_length=settings.max_length)
-        self.kernels = self.tree_mask and settings.kernels and check_kernels(policy)
-        self._models = Models(policy, reference, settings.batch_tokens, settings.max_length, self.tree_mask)
+        low = settings.precision != "float32"
+        self.kernels = self.tree_mask and settings.kernels and not low and check_kernels(policy)
+        row_length = settings.row_length or int(policy.model.config.hidden_size)
+        self._models = Models(
+            policy, reference, settings.batch_tokens, settings.max_length, row_length, tree_mask=self.tree_mask
+        )
 
     def learn(
         self,

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+SHORT = 128
+"""Longest row for which the attention probabilities are kept."""
+
 
 def supports(model: Any) -> bool:
     """Whether `hidden_states` computes this model: a plain fp32 LlamaForCausalLM on CPU with as many key heads as
@@ -45,7 +48,6 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, mask: Ten
     """Final hidden states (after the last norm) of the tokens at the flat indices `wanted` [W] of a batch [B, L]:
     [W, d]. `mask` [B, 1, L, L] is additive, `position_ids` [B, L]."""
     base = model.model
-    rows, length = input_ids.shape
     config = model.config
     heads, size = config.num_attention_heads, config.head_dim
     hidden = base.embed_tokens(input_ids.flatten())
@@ -64,15 +66,7 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, mask: Ten
             size,
             layer.input_layernorm.variance_epsilon,
         )
-        shape = (rows, length, heads, size)
-        mixed = F.scaled_dot_product_attention(
-            queries.view(shape).transpose(1, 2),
-            keys.view(shape).transpose(1, 2),
-            values.view(shape).transpose(1, 2),
-            attn_mask=mask,
-            scale=attention.scaling,
-        )
-        mixed = mixed.transpose(1, 2).reshape(rows * length, heads * size)
+        mixed = _attention(queries, keys, values, mask, heads, attention.scaling)
         if number == last:
             mixed, hidden = mixed.index_select(0, wanted), hidden.index_select(0, wanted)
         hidden = torch.addmm(hidden, mixed, attention.o_proj.weight.t())
@@ -87,6 +81,17 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, mask: Ten
         )
     final: Tensor = _apply(_Norm, hidden, base.norm.weight, base.norm.variance_epsilon)
     return final
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, scale: float) -> Tensor:
+    """Masked attention within each row: [N, heads * size], N = rows * length, like each of the three inputs."""
+    if mask.shape[-1] <= SHORT:
+        found: Tensor = _apply(_Attend, queries, keys, values, mask, heads, scale)
+        return found
+    rows, length = mask.shape[0], mask.shape[-1]
+    q, k, v = (x.view(rows, length, heads, -1).transpose(1, 2) for x in (queries, keys, values))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return mixed.transpose(1, 2).reshape(rows * length, -1)
 
 
 def _apply(function: Any, *arguments: Any) -> Any:
@@ -155,6 +160,44 @@ class _Project(torch.autograd.Function):
         q, k, v = torch.split(weight, width)
         hidden = _standardise_backward(back @ folded, unit, inverse)
         return hidden, scale, _unpaired(q, ctx.size), _unpaired(k, ctx.size), v, None, None, None
+
+
+class _Attend(torch.autograd.Function):
+    """Attention with the probabilities kept: for short rows quicker than the fused kernel, which forms them twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, scale: float
+    ) -> Tensor:
+        rows, length = mask.shape[0], mask.shape[-1]
+        q, k, v = (_by_head(x, rows, heads) for x in (queries, keys, values))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, length, length)
+        shares = torch.add(mask, scores, alpha=scale).softmax(-1).view(rows * heads, length, length)
+        ctx.heads, ctx.scale = heads, scale
+        ctx.save_for_backward(q, k, v, shares)
+        return _by_token(torch.bmm(shares, v), heads)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, shares = ctx.saved_tensors
+        back = _by_head(gradients[0], len(shares) // ctx.heads, ctx.heads)
+        inner = torch.ops.aten._softmax_backward_data(
+            torch.bmm(back, v.transpose(1, 2)), shares, -1, shares.dtype
+        ).mul_(ctx.scale)
+        found = (torch.bmm(inner, k), torch.bmm(inner.transpose(1, 2), q), torch.bmm(shares.transpose(1, 2), back))
+        return *(_by_token(x, ctx.heads) for x in found), None, None, None
+
+
+def _by_head(tokens: Tensor, rows: int, heads: int) -> Tensor:
+    """[rows * length, heads * size] -> [rows * heads, length, size]."""
+    split = tokens.view(rows, len(tokens) // rows, heads, -1).transpose(1, 2)
+    return split.reshape(rows * heads, split.shape[2], -1)
+
+
+def _by_token(by_head: Tensor, heads: int) -> Tensor:
+    """The inverse of `_by_head`."""
+    count, length, size = by_head.shape
+    return by_head.view(count // heads, heads, length, size).transpose(1, 2).reshape(-1, heads * size)
 
 
 class _Mlp(torch.autograd.Function):

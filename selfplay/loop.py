@@ -70,6 +70,8 @@ class Loop:
         if last is None:
             self._warm_up()
             last = 0
+        else:
+            checkpoints.verify(checkpoints.path_of(self.run.checkpoints, last))
         if not any(row["iteration"] == last for row in self.run.metrics()):
             self._evaluate(last)
         for iteration in range(last + 1, self.config.iterations + 1):

@@ -30,6 +30,8 @@ class Schedule:
     total_steps: int | None = None
     """Steps after which `final_scale` is reached; None: constant."""
     final_scale: float = 0.0
+    peak: float = 1.0
+    """Scale at the top."""
     offset: int = 0
     """Steps already made when the phase begins (a schedule over a whole run, phase after phase)."""
 
@@ -38,9 +40,9 @@ class Schedule:
         at = self.offset + step
         rise = min(1.0, (at + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.total_steps is None:
-            return rise
+            return self.peak * rise
         done = min(1.0, at / max(1, self.total_steps))
-        return rise * (1.0 + (self.final_scale - 1.0) * done)
+        return rise * (self.peak + (self.final_scale - self.peak) * done)
 
 
 class Optimizer:

@@ -44,7 +44,7 @@ class Item:
     position: Int32  # [T] depth in tokens, 0 at the first
     exits: Int32  # [T] one past the last token below it: the tokens stand in depth-first order
     nll_weight: Float32  # [T] weight of -log p(token)
-    sampled: Float32  # [T] 1 where the policy drew the token (entropy and KL count it), else 0
+    sampled: Float32  # [T] weight of the token in the KL to the reference
     logprobs: Float32  # [T] nats as recorded when the token was drawn, NaN where unknown
     reference: Float32  # [T] nats under the reference model, NaN where not computed
     span_start: Int32  # [S] first token of a node in a sibling group

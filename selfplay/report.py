@@ -86,7 +86,8 @@ class Watch:
             self._bars.update(self._task, completed=event.done, total=event.total or None, note=note)
         elif new or time.monotonic() - self._spoke > PLAIN_SECONDS:
             self._spoke = time.monotonic()
-            self.console.print(f"{what} {event.done}/{event.total} {note}".rstrip(), highlight=False)
+            count = f" {event.done}/{event.total}" if event.total else ""
+            self.console.print(f"{what}{count} {note}".rstrip(), highlight=False)
 
 
 def final_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -92,6 +92,7 @@ class Trainer:
             warmup_steps=0,
             total_steps=steps * config.iterations,
             final_scale=config.learn.final_lr_scale,
+            peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
         traces = [trace for shard in shards for trace in iter_traces(shard)]

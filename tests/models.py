@@ -10,13 +10,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
-    AutoModelForCausalLM,
 )
 
 from mcts.engines.model import Policy, load_policy, save_policy
@@ -69,7 +69,7 @@ def make_policy(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family, len(tok), **sizes), attn_implementation="sdpa").eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(scale)
     value_head = ValueHead(model.config.hidden_size, seed=seed) if head else None

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mcts.engines.value_head import FILE, ValueHead
+from mcts.types import SettingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelError(SettingError):
+    """A model that cannot be loaded; the message is one sentence that says what to do."""
 
 
 @dataclass(slots=True)
@@ -50,15 +55,15 @@ def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | No
     """The Hugging Face folder and the value head's file (None: there is none) that `path` means."""
     root = Path(path)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no model folder {root}: give a checkpoint or a Hugging Face folder")
+        raise ModelError(f"there is no model folder {root}: give a checkpoint or a Hugging Face folder")
     folder = root / "policy" if (root / "policy").is_dir() else root
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no Hugging Face model folder: it has no config.json")
+        raise ModelError(f"{folder} is no Hugging Face model folder: it has no config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder} has no tokenizer: save the model's tokenizer into the folder")
+        raise ModelError(f"{folder} has no tokenizer: save the model's tokenizer into the folder")
     if head is not None:
         if not Path(head).is_file():
-            raise FileNotFoundError(f"there is no value head {head}: give the file or leave it out")
+            raise ModelError(f"there is no value head {head}: give the file or leave it out")
         return folder, Path(head)
     beside = folder.parent / FILE if folder.name == "policy" else folder / FILE
     return folder, beside if beside.is_file() else None
@@ -77,11 +82,13 @@ def load_policy(
     `attn` is transformers' name of the attention for plain forwards ("sdpa" or "eager").
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # progress is the caller's to show
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+        raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
+        raise ModelError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
     folder, head_file = _folders(path, head)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -89,13 +96,13 @@ def load_policy(
             folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     model = model.to(device).eval()
     value_head = None
     if head_file is not None:
         value_head = ValueHead.load(head_file).to(device).eval()
         if value_head.hidden_size != model.config.hidden_size:
-            raise ValueError(
+            raise ModelError(
                 f"{head_file} reads {value_head.hidden_size} hidden units but the policy has "
                 f"{model.config.hidden_size}: give the head that was trained with this policy"
             )
@@ -116,7 +123,7 @@ def copy_weights(source: nn.Module, target: nn.Module, what: str) -> None:
     """Copy `source`'s weights into `target` in place; ValueError where their shapes differ."""
     new, old = source.state_dict(), target.state_dict()
     if {name: t.shape for name, t in new.items()} != {name: t.shape for name, t in old.items()}:
-        raise ValueError(f"the new {what} has another shape than the one in use: start a new engine for it")
+        raise ModelError(f"the new {what} has another shape than the one in use: start a new engine for it")
     with torch.no_grad():
         for name, tensor in old.items():
             tensor.copy_(new[name])

@@ -48,8 +48,8 @@ def stream_keys(seeds: Sequence[int], counts: Int64) -> UInt64:
 
 def uniforms(keys: UInt64, counters: Int64) -> Float64:
     """Number `counters[i]` of stream `keys[i]`, in [0, 1) with 52 random bits, float64 [k]."""
-    words: Float64 = (_link(keys, counters.astype(np.uint64)) >> np.uint64(12)) * 2.0**-52
-    return words
+    words = _link(keys, counters.astype(np.uint64)) >> np.uint64(12)
+    return words.astype(np.float64) * 2.0**-52
 
 
 class Draws(NamedTuple):
@@ -66,10 +66,11 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Returns tokens int64 [k], never one of weight 0, and the weights' sums float64 [k]. Two levels (blocks, then
     inside the block) because a running sum over the whole vocabulary costs several times as much.
     """
+    weights = weights.contiguous()
     k, vocabulary = weights.shape
     width = 1 << max(1, round(math.log2(vocabulary) / 2))
     whole = vocabulary // width
-    sums = weights[:, : whole * width].unflatten(1, (whole, width)).sum(-1)
+    sums = weights.as_strided((k, whole, width), (vocabulary, width, 1)).sum(-1)
     if whole * width < vocabulary:
         sums = torch.cat((sums, weights[:, whole * width :].sum(-1, keepdim=True)), 1)
     cdf = torch.nn.functional.pad(sums.double().cumsum(1), (1, 0))

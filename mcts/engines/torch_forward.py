@@ -46,7 +46,13 @@ class RowKeys:
 
 
 def attend(
-    module: Any, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of queries [B, Hq, T, D] in transformers' interface; sdpa where the cache is not ours."""
     if not isinstance(key, RowKeys):
@@ -69,7 +75,7 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-class RowCache(Cache):
+class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """The row buffers, seen by the model as its cache. `aim_*` says where the next forward's keys and values go."""
 
     def __init__(self, layers: int, rows: int, heads: int, size: int, capacity: int, like: Tensor) -> None:
@@ -112,8 +118,8 @@ class RowCache(Cache):
         self.mask = mask.masked_fill_(hidden, float("-inf")).expand(len(rows), 1, tokens, end)
         self._batch, self._chunk, self.calls = len(rows), (rows, start, end), 0
 
-    def update(  # type: ignore[override]
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[RowKeys, None]:
         """Store a layer's new keys and values [B, heads, T, D]; what it may attend to."""
         self.calls += 1
@@ -130,7 +136,7 @@ class RowCache(Cache):
             views.append(seen)
         return RowKeys(views[0], views[1], self.mask[:, :, None]), None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (transformers' signature)
         """0: positions and masks are always given."""
         return 0
 

@@ -109,10 +109,11 @@ def equal_sizes(policy: Policy, forward: Forward, context: int) -> tuple[list[in
     return [*sizes, rows], steady
 
 
-def equal_chunks(forward: Forward, tokens: int, most: int) -> int:
+def equal_chunks(policy: Policy, forward: Forward, tokens: int, most: int) -> int:
     """How many chunks of `tokens` one prefill may hold: `most` if their bits then equal those of one alone, else 1."""
     forward.fit(2 * tokens)
-    chunk = np.arange(most * tokens, dtype=np.int64).reshape(most, tokens) % 7
+    size = policy.model.get_output_embeddings().weight.shape[0]
+    chunk = (np.arange(most * tokens, dtype=np.int64).reshape(most, tokens) * 7919) % size
     rows = np.arange(most, dtype=np.int64)
 
     def run(batch: list[int]) -> Tensor:

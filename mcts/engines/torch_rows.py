@@ -157,3 +157,10 @@ class Rows:
         self.known[row] = length
         self.limit[row] = length
         self.stop[row] = FED if start + 1 == length else RUNNING
+
+
+def ranges(rows: Int64, starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
+    """Row and column of every token of the given ranges: range i is row rows[i], columns starts[i] and on."""
+    before = np.cumsum(lengths) - lengths
+    columns = np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+    return np.repeat(rows, lengths), columns

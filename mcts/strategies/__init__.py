@@ -8,6 +8,12 @@ from difflib import get_close_matches
 from typing import Any, cast
 
 from mcts.search import Strategy
+from mcts.types import SettingError
+
+
+class StrategyError(SettingError):
+    """A strategy that cannot be built; the message is one sentence that says what to change."""
+
 
 REGISTRY: dict[str, str] = {
     "beam": "mcts.strategies.beam.Beam",
@@ -28,19 +34,22 @@ def nearest(name: str, known: list[str]) -> str:
 
 def build(name: str, /, **settings: Any) -> Strategy:
     """A strategy from its registered name or the dotted path of its class, with its settings.
-    Raises ValueError for an unknown name, a path that cannot be imported, or an unknown or bad setting."""
+    Raises StrategyError for an unknown name, a path that cannot be imported, or an unknown or bad setting."""
     path = REGISTRY.get(name, name)
     module_name, _, class_name = path.replace(":", ".").rpartition(".")
     if not module_name:
-        raise ValueError(f"unknown strategy {name!r}: {nearest(name, list(REGISTRY))}")
+        raise StrategyError(f"unknown strategy {name!r}: {nearest(name, list(REGISTRY))}")
     try:
         made = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"strategy {name!r} cannot be imported: {error}") from error
+        raise StrategyError(f"strategy {name!r} cannot be imported: {error}") from error
     if not inspect.isclass(made) or not hasattr(made, "run"):
-        raise ValueError(f"strategy {name!r} is not a class with a `run` method")
+        raise StrategyError(f"strategy {name!r} is not a class with a `run` method")
     known = [p for p in inspect.signature(made).parameters if p not in ("args", "kwargs")]
     for setting in settings:
         if setting not in known:
-            raise ValueError(f"strategy {name!r} has no setting {setting!r}: {nearest(setting, known)}")
-    return cast(Strategy, made(**settings))
+            raise StrategyError(f"strategy {name!r} has no setting {setting!r}: {nearest(setting, known)}")
+    try:
+        return cast(Strategy, made(**settings))
+    except (TypeError, ValueError) as error:
+        raise StrategyError(f"strategy {name!r}: {error}") from error

@@ -54,6 +54,7 @@ class Countdown(ArithmeticTask):
         heldout_problems: int | None = 500,
         negatives: int = 1,
         larger_first: bool = True,
+        balanced: bool = False,
         seed: int = 0,
     ) -> None:
         name = "countdown"
@@ -80,7 +81,7 @@ class Countdown(ArithmeticTask):
             high=high,
             rules=rules,
             answer_rules=rules,
-            warmup=WarmupSettings(target_low, target_high, negatives, larger_first),
+            warmup=WarmupSettings(target_low, target_high, negatives, larger_first, balanced=balanced),
         )
         self._seed = seed
         self._train_sets = train_sets

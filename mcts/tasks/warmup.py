@@ -13,7 +13,7 @@ import numpy as np
 
 from mcts.tasks.base import TaskSettingError
 from mcts.tasks.numbers import OPERATION_SIGNS, Bool, Int64, NumberTable
-from mcts.tasks.plays import Plays, random_plays
+from mcts.tasks.plays import Float64, Plays, count_plays, random_plays
 from mcts.types import Float32, Int32
 
 SYMBOLS = ("+", "-", "*", "/", "=", "|", ";", "->", ":")
@@ -51,6 +51,9 @@ class WarmupSettings:
     focus_share: float = 0.0
     """Share of the plays that end at `focus`, in [0, .5]; 0: as often as it happens. Negatives follow, so that
     the target alone tells nothing about the label."""
+    balanced: bool = False
+    """Every problem (number set and target that it can reach) about equally often, instead of as often as random play
+    reaches it: plays are kept with a chance inverse to that rate, down to a rate that one problem in ten is below."""
 
 
 def columns(count: int) -> tuple[int, Int32]:
@@ -85,12 +88,17 @@ def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int
     """Word rows [any, L]: each play, then its negatives."""
     random = np.random.default_rng(seed)
     empty = 0
+    keep = _keeping(table, sets, settings) if settings.balanced else None
     while True:
-        numbers = random.permuted(sets[random.integers(len(sets), size=CHUNK)], axis=1)
+        origin = random.integers(len(sets), size=CHUNK)
+        numbers = random.permuted(sets[origin], axis=1)
         plays = random_plays(table, numbers, random)
         # UNWRITTEN is negative and reads the appended entry.
         reached = np.append(table.whole, -1)[np.maximum(plays.reached, -1)]
         wanted = np.flatnonzero((reached >= settings.target_low) & (reached <= settings.target_high))
+        if keep is not None:
+            chance = keep[origin[plays.rows[wanted]], reached[wanted] - settings.target_low]
+            wanted = wanted[random.random(len(wanted)) < chance]
         if settings.focus is not None and settings.focus_share > 0:
             wanted = _focused(wanted, reached[wanted] == settings.focus, settings.focus_share)
         if len(wanted) == 0:
@@ -103,6 +111,17 @@ def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int
             continue
         empty = 0
         yield _with_negatives(table, plays.keep(wanted), reached[wanted], settings, random)
+
+
+def _keeping(table: NumberTable, sets: Int64, settings: WarmupSettings) -> Float64:
+    """Chance to keep a play, float64 [S, T], that makes reachable problems about equally likely."""
+    share = count_plays(table, sets, settings.target_low, settings.target_high).share
+    reachable = share[share > 0]
+    if len(reachable) == 0:
+        return share
+    rare = float(np.quantile(reachable, 0.1))
+    chance: Float64 = np.minimum(1.0, rare / np.maximum(share, 1e-12))
+    return chance
 
 
 def _focused(wanted: Int64, hit: Bool, share: float) -> Int64:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 from typing import Any
 
+from selfplay.errors import UserError
 from selfplay.objectives.alphazero import AlphaZero
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
@@ -30,7 +31,7 @@ __all__ = [
 OBJECTIVES: dict[str, type[Any]] = {"alphazero": AlphaZero, "sft": Sft}
 
 
-class ObjectiveError(ValueError):
+class ObjectiveError(UserError):
     """An objective that cannot be built; the message is one sentence that says what to change."""
 
 

@@ -69,10 +69,17 @@ class AlphaZero:
             tree = trace.tree
             groups = policy_groups(tree, str(trace.settings.get("prior_rule", "exact"))) if self.policy else []
             labels = value_labels(tree, rule, path=trace.path, mix=self.value_mix) if self.value else None
-            item = from_tree(tree, wins=wins, groups=groups, values=labels, version=trace.policy_version)
+            item = from_tree(
+                tree,
+                wins=wins,
+                groups=groups,
+                values=labels,
+                sampled=self.kl > 0.0,
+                version=trace.policy_version,
+            )
             if item is not None:
                 items.append(item)
-        items = fit(items, models.max_length, tree_mask=models.tree_mask)
+        items = fit(items, models.max_length, row_length=models.row_length, tree_mask=models.tree_mask)
         return with_reference(items, models) if self.kl else items
 
     def loss(self, outputs: Outputs, packed: Packed, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:

@@ -54,6 +54,8 @@ class Models:
     """Tokens per forward."""
     max_length: int = 4096
     """Longest segment, in tokens."""
+    row_length: int | None = None
+    """Where trees are cut for speed (`forward.fit`); None: only at `max_length`."""
     tree_mask: bool = True
 
 

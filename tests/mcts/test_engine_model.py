@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mcts.engines.kv import SlotPool
-from mcts.engines.model import load_policy
+from mcts.engines.model import ModelError, load_policy
 from mcts.engines.value_head import ValueHead
 from tests.models import FAMILIES, make_policy, save_model
 
@@ -47,17 +47,17 @@ def test_a_plain_folder_has_no_head_and_takes_a_given_one(tmp_path: Path) -> Non
 
 
 def test_what_is_missing_is_named_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no model folder"):
+    with pytest.raises(ModelError, match="no model folder"):
         load_policy(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         load_policy(tmp_path / "empty")
     folder = save_model(tmp_path / "bare") / "policy"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer"):
+    with pytest.raises(ModelError, match="tokenizer"):
         load_policy(folder)
-    with pytest.raises(FileNotFoundError, match="value head"):
+    with pytest.raises(ModelError, match="value head"):
         load_policy(save_model(tmp_path / "ok"), head=tmp_path / "absent.safetensors")
     with pytest.raises(ValueError, match="dtype"):
         load_policy(tmp_path / "ok", dtype="float8")

@@ -13,7 +13,8 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 
 from mcts.engines.base import EngineFull
 from mcts.engines.model import Policy, load_policy
-from mcts.engines.torch_engine import CHUNK, TorchEngine
+from mcts.engines.torch_batch import CHUNK
+from mcts.engines.torch_engine import TorchEngine
 from mcts.types import Int32, Reply, Request, Step, Stop
 from tests.mcts.engine_contract import EngineContract, drain, extend
 from tests.models import FAMILIES, make_policy, save_model, words
@@ -143,22 +144,22 @@ def test_a_step_ends_at_the_delimiter_and_holds_it_once() -> None:
             assert step.text.endswith(";") == (step.stop is Stop.DELIMITER)
 
 
-def test_a_delimiter_of_two_tokens_ends_a_step_only_as_a_whole_and_inside_it() -> None:
+@pytest.mark.parametrize("delimiter", ["a b", "a a b"])
+def test_a_delimiter_of_several_tokens_ends_a_step_only_as_a_whole_and_inside_it(delimiter: str) -> None:
     policy = make_policy(scale=0.5, vocabulary=["a", "b"], width=16)
-    engine = TorchEngine(policy, "a b", rows=32, kv_slots=4096)
-    prompt = engine.encode("b a")
-    assert engine.open(1, prompt, 2000)
-    engine.submit(Request(1, 1, prompt, 60, 12, seed=1))
-    steps = drain(engine, 1)[1].steps
-    assert sum(step.stop is Stop.DELIMITER for step in steps) > 10
-    assert any(step.text.startswith("b") and len(step.token_ids) > 1 for step in steps)
+    engine = TorchEngine(policy, delimiter, rows=32, kv_slots=4096)
+    prompt = engine.encode("b a")  # a step that begins with the rest of the delimiter is not ended by this "a"
+    assert engine.open(1, prompt, 4000)
+    for i in range(4):
+        engine.submit(Request(i, 1, prompt, 60, 12, seed=i))
+    steps = [step for reply in drain(engine, 4).values() for step in reply.steps]
+    ids = engine.codec.delimiter_ids.tolist()
+    assert sum(step.stop is Stop.DELIMITER for step in steps) >= 5
+    assert any(step.token_ids.tolist()[: len(ids) - 1] == ids[1:] for step in steps)
     for step in steps:
-        text = step.text.split()
-        pairs = [i for i in range(len(text) - 1) if text[i : i + 2] == ["a", "b"]]
         tokens = step.token_ids.tolist()
-        whole = [i for i in range(len(tokens) - 1) if tokens[i : i + 2] == engine.codec.delimiter_ids.tolist()]
-        assert whole == ([len(tokens) - 2] if step.stop is Stop.DELIMITER else [])
-        assert step.stop is not Stop.DELIMITER or pairs
+        whole = [i for i in range(len(tokens)) if tokens[i : i + len(ids)] == ids]
+        assert whole == ([len(tokens) - len(ids)] if step.stop is Stop.DELIMITER else [])
 
 
 def test_top_p_draws_only_from_the_nucleus_and_reports_both_probabilities() -> None:
@@ -273,7 +274,7 @@ def test_models_whose_attention_cannot_be_shared_are_refused_with_a_reason() -> 
 
 
 def test_broken_weights_stop_the_engine() -> None:
-    policy = make_policy(vocabulary=words(20))
+    policy = make_policy(vocabulary=words(40))
     engine = TorchEngine(policy, ";", rows=32, kv_slots=512)
     prompt = engine.encode(PROMPT)
     assert engine.open(1, prompt, 50)

@@ -204,7 +204,7 @@ def test_an_example_is_imitated_on_its_steps_and_its_eos_and_labelled_at_their_e
 def test_kl_is_zero_at_the_reference_and_its_gradient_points_back():
     policy, other = tiny_policy(seed=0), tiny_policy(seed=1)
     traces = [FakeTrace(random_tree(np.random.default_rng(7), 8))]
-    objective = AlphaZero(policy=0.0, value=0.0, nll=1e-9, kl=1.0, max_wins=9)
+    objective = AlphaZero(policy=0.0, value=0.0, kl=1.0)
     same = objective.prepare(traces, Models(policy, policy, max_length=64), np.random.default_rng(0))
     apart = objective.prepare(traces, Models(policy, other, max_length=64), np.random.default_rng(0))
     found = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mcts.tree import Tree
 from selfplay import llama_kernels
 from selfplay.forward import batches, check_kernels, check_tree_mask, forward, token_logprobs
-from selfplay.items import from_tree, policy_groups, value_labels, winners
+from selfplay.items import ValueRule, from_tree, policy_groups, value_labels, winners
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
 from selfplay.packing import NO_TOKEN, Item, PackingError, chain, cut, find_exits, pack, segments, split_paths
 from tests.selfplay.learning import MODELS, VOCABULARY, gradients, random_tree, step, tiny_policy
@@ -22,9 +22,8 @@ EVERYTHING = Coefficients(policy=1.0, nll=0.7, value=0.5)
 
 
 def full_item(tree: Tree, version: int = -1) -> Item:
-    item = from_tree(
-        tree, wins=winners(tree), groups=policy_groups(tree), values=value_labels(tree, "mean"), version=version
-    )
+    labels = value_labels(tree, ValueRule.MEAN)
+    item = from_tree(tree, wins=winners(tree), groups=policy_groups(tree), values=labels, sampled=True, version=version)
     assert item is not None
     return item
 
@@ -52,7 +51,7 @@ def naive_loss(policy, tree: Tree) -> torch.Tensor:
         for children, t in policy_groups(tree)
     ]
     wins = [n for win in winners(tree) for n in tree.path(win)[1:]]
-    labels = value_labels(tree, "mean")
+    labels = value_labels(tree, ValueRule.MEAN)
     known = np.flatnonzero(~np.isnan(labels)).tolist()
     values = policy.head(torch.stack([hidden[n][-1] for n in known]))
     loss = torch.nn.functional.binary_cross_entropy(values, torch.from_numpy(labels[known])) * EVERYTHING.value

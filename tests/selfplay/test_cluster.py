@@ -1,0 +1,60 @@
+"""The same run on Ray, with two workers, and with workers that die: the same content, weights and metrics."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome, run_child
+from tests.selfplay.tiny_run import CONFIG
+
+pytestmark = pytest.mark.cluster
+
+
+def test_two_ray_workers_and_a_killed_one_give_what_one_process_gives(tmp_path: Path) -> None:
+    inline = run_child("never", tmp_path / "inline")
+    assert inline.returncode == 0, inline.stderr
+    config = tmp_path / "ray.yaml"
+    config.write_text(CONFIG.replace("executor: inline", "executor: ray, workers: 2"), encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "ray")]
+    killed = False
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("iteration 1 play") and not killed:
+                killed = kill_one_worker(process.pid)
+    assert process.returncode == 0, "".join(lines)
+    assert killed
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")
+
+
+def kill_one_worker(driver: int) -> bool:
+    """SIGKILL one worker actor of this driver's own Ray."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            name = (process / "cmdline").read_bytes()
+            if name.startswith(b"ray::WorkerActor") and driver in ancestors(int(process.name)):
+                os.kill(int(process.name), signal.SIGKILL)
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+    return False
+
+
+def ancestors(pid: int) -> list[int]:
+    found = []
+    while pid > 1:
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.append(pid)
+    return found

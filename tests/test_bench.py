@@ -1,0 +1,78 @@
+"""The benchmark scripts run and say what they promise; their figures are not judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [
+    "engine throughput",
+    "time outside model, MCTS",
+    "tokens forwarded, MCTS",
+    "time outside model, until-win sampler",
+    "tokens forwarded, until-win sampler",
+    "tree training, 3 numbers, first win",
+    "tree training, 3 numbers, episodes",
+    "tree training, 5 numbers, first win",
+    "tree training, 5 numbers, episodes",
+    "traces committed, 1 worker",
+    "traces committed, 2 workers",
+]
+
+
+@pytest.mark.slow
+def test_a_quick_benchmark_reports_every_row_with_a_finite_ratio_to_its_baseline(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows] == ROWS
+    for row in rows:
+        assert math.isfinite(row["ratio"]), row["name"]
+        assert row["ratio"] > 0, row["name"]
+        assert row["ratio"] == pytest.approx(row["figure"] / row["baseline"])
+        assert row["name"] in done.stdout
+    by_name = {row["name"]: row for row in rows}
+    for name in ("time outside model, MCTS", "time outside model, until-win sampler"):
+        assert by_name[name]["ratio"] < 1
+        assert by_name[name]["met"] == (by_name[name]["ratio"] <= 0.1)
+        shares = by_name[name]["details"]["shares_outside_model"]
+        assert max(shares, key=shares.get) == by_name[name]["details"]["largest"]
+    for name in (name for name in ROWS if name.startswith("tree training")):
+        assert by_name[name]["details"]["gradient_difference"] < 1e-4
+
+
+def test_a_search_curve_cuts_every_search_off_at_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from search_curves import Outcomes  # type: ignore[import-not-found]
+
+    found = Outcomes(np.array([[5.0, 10.0, 3.0]]), np.array([[1.0, 0.0, 1.0]]))
+    curve = found.curve(10)
+    assert curve.shape == (11, 2)
+    for cap in range(11):
+        assert curve[cap].tolist() == pytest.approx(found.at(cap))
+
+
+def test_a_method_that_needs_half_the_tokens_for_the_same_wins_is_twice_as_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from search_curves import Outcomes, compare
+
+    tokens = np.arange(10.0, 110.0, 2.0)[None]
+    won = np.ones_like(tokens)
+    figures = compare(Outcomes(tokens / 2, won), Outcomes(tokens, won), 200, 0)
+    assert figures["ratio"] == pytest.approx(2.0)
+    assert figures["low"] == pytest.approx(2.0)
+    assert figures["high"] == pytest.approx(2.0)
+    assert figures["tokens_ratio"] == pytest.approx(2.0)
+    assert figures["wins_at_equal_tokens"] == pytest.approx(1.0)
+    assert figures["wins_ratio"] > 1.0
