@@ -12,7 +12,7 @@ from bench_rows import Row
 from bench_subject import Subject
 from bench_timers import MODEL, Place, Stopwatch, all_places, model_places
 
-from mcts.engines.torch_batch import Counters
+from mcts.engines.counters import Counters
 from mcts.engines.torch_engine import TorchEngine
 from mcts.search import Driver
 from mcts.types import Problem, SearchResult

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class LearnerSettings:
     kernels: bool = True
     """Train a small Llama on CPU with hand-written gradients where they agree with the model's own."""
     threads: int = 2
-    """Torch threads while learning; part of what fixes the weights bit for bit."""
+    """Batches worked on at once on CPU, each on one torch thread. It changes the speed, not the weights."""
     seed: int = 0
     precision: str = "float32"
     """bfloat16: the forwards of learning run under autocast; weights, gradients and optimiser stay in float32."""
@@ -130,10 +131,11 @@ class Learner:
         if fresh_share and fresh is None:
             raise ValueError("a share of worked examples needs a stream of them")
         key = (self.settings.seed, iteration, hash64(*purpose.encode()))
-        with _threads(self.settings.threads):
+        side_by_side = self.settings.threads if self.policy.device.type == "cpu" else 1
+        with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
             items = self.objective.prepare(traces, self._models, generator(*key, 0)) if traces else []
             size = items_per_step or self.settings.items_per_step
-            phase = _Phase(self, items, fresh if fresh_share else None, fresh_share, key, version, size)
+            phase = _Phase(self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool)
             return phase.run(budget, schedule or Schedule(), progress)
 
     def autocast(self) -> torch.autocast:
@@ -158,6 +160,17 @@ class _Source:
     traces: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """What one forward and backward pass gives."""
+
+    packed: Packed
+    outputs: Outputs  # without gradient
+    loss: float
+    parts: dict[str, float]
+    gradients: tuple[Tensor | None, ...]  # of the optimiser's parameters, in their order; empty: none at all
+
+
 class _Phase:
     """The state of one call of `learn`."""
 
@@ -170,8 +183,10 @@ class _Phase:
         key: tuple[int, int, int],
         version: int | None,
         size: int,
+        pool: Executor,
     ) -> None:
         self.learner = learner
+        self.pool = pool
         self.items = items
         self.fresh = fresh
         self.n_fresh = 0 if fresh is None else (max(1, round(fresh_share * size)) if items else size)
@@ -236,40 +251,58 @@ class _Phase:
         return sources
 
     def _step(self, sources: list[_Source], scale: float, *, first: bool) -> dict[str, float]:
-        """One optimiser step over all batches of all sources; its figures."""
+        """One optimiser step over all batches of all sources; its figures.
+
+        Batches are worked on side by side, each on one torch thread, and their gradients are added in order: small
+        models gain far more from that than from operators on several threads, and the sum does not depend on how many
+        work at it.
+        """
         learner = self.learner
-        parts: dict[str, float] = {}
-        entropies: list[Tensor] = []
-        gaps: list[Tensor] = []
+        work = []
         for source in sources:
             totals = Totals.of(source.items)
             for number, batch in enumerate(batches(source.items, learner.settings.batch_tokens)):
-                packed = pack([source.items[i] for i in batch], share_rows=learner.tree_mask).to(learner.policy.device)
-                # entropy of the first batch stands for the step: it costs a pass over all logits
-                with learner.autocast():
-                    outputs = forward(
-                        learner.policy,
-                        packed,
-                        tree_mask=learner.tree_mask,
-                        kernels=learner.kernels,
-                        entropy=number == 0,
-                    )
-                loss, found = self._loss(source, outputs, packed, totals)
-                if not bool(torch.isfinite(loss)):
-                    learner.optimizer.zero_grad()
-                    raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
-                if loss.requires_grad:
-                    torch.autograd.backward(source.share * loss)
-                for name, value in found.items():
-                    name = name if source.traces else f"replay_{name}"
-                    parts[name] = parts.get(name, 0.0) + float(value)
-                self._observe(source, outputs, packed, entropies, gaps, first=first)
+                work.append((source, totals, batch, number == 0))
+        parts: dict[str, float] = {}
+        entropies: list[Tensor] = []
+        gaps: list[Tensor] = []
+        done = list(self.pool.map(lambda task: self._batch(*task), work))
+        if not all(math.isfinite(batch.loss) for batch in done):
+            raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
+        for (source, _, _, _), batch in zip(work, done, strict=True):
+            learner.optimizer.accumulate(batch.gradients)
+            for name, value in batch.parts.items():
+                name = name if source.traces else f"replay_{name}"
+                parts[name] = parts.get(name, 0.0) + value
+            self._observe(source, batch.outputs, batch.packed, entropies, gaps, first=first)
         norm = learner.optimizer.clip()
         if not math.isfinite(norm):
             learner.optimizer.zero_grad()
             raise NonFiniteLoss("the gradient is not a finite number; lower the learning rate")
         learner.optimizer.step(scale)
         return self._figures(sources, parts, norm, entropies, gaps)
+
+    def _batch(self, source: _Source, totals: Totals, batch: list[int], is_first: bool) -> _Batch:
+        """Forward and backward of one batch, touching nothing that other batches share."""
+        learner = self.learner
+        packed = pack([source.items[i] for i in batch], share_rows=learner.tree_mask).to(learner.policy.device)
+        # entropy of the first batch stands for the step: it costs a pass over all logits
+        with learner.autocast():
+            outputs = forward(
+                learner.policy, packed, tree_mask=learner.tree_mask, kernels=learner.kernels, entropy=is_first
+            )
+        loss, parts = self._loss(source, outputs, packed, totals)
+        gradients: tuple[Tensor | None, ...] = ()
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(source.share * loss, learner.optimizer.parameters, allow_unused=True)
+        outputs = Outputs(
+            outputs.logprobs.detach(),
+            None if outputs.value_logits is None else outputs.value_logits.detach(),
+            outputs.entropy,
+        )
+        return _Batch(
+            packed, outputs, float(loss.detach()), {name: float(value) for name, value in parts.items()}, gradients
+        )
 
     def _loss(
         self, source: _Source, outputs: Outputs, packed: Packed, totals: Totals
@@ -316,9 +349,9 @@ class _Phase:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _one_torch_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -19,6 +19,10 @@ SHORT = 128
 """Longest row for which the attention probabilities are kept."""
 
 
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose angles depend on the position alone, not on the length of the sequence."""
+
+
 def supports(model: Any) -> bool:
     """Whether `hidden_states` computes this model: a plain fp32 LlamaForCausalLM on CPU with as many key heads as
     heads, no biases, no dropout and no adapters."""
@@ -34,6 +38,7 @@ def supports(model: Any) -> bool:
         and not config.mlp_bias
         and not config.attention_dropout
         and config.head_dim % 2 == 0
+        and config.rope_parameters["rope_type"] in STATIC_ROPE
     )
     return plain and all(type(module) is nn.Linear for layer in model.model.layers for module in _linears(layer))
 

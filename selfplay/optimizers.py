@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,12 @@ class Optimizer:
                 hidden, lr=settings.muon_lr, momentum=0.95, weight_decay=settings.weight_decay
             )
         self._peak = {"adamw": settings.lr, "muon": settings.muon_lr}
+
+    def accumulate(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients, one per entry of `parameters` (None: no gradient) or none at all."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=False):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def clip(self) -> float:
         """Scale the gradient down to `grad_clip`; its norm before that, which is not finite if any entry is not."""

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mcts.engines.kv import SlotPool
+from mcts.engines.kv import Prefix, PrefixCache, SlotPool
 from mcts.engines.model import ModelError, load_policy
+from mcts.engines.text import Codec
+from mcts.engines.torch_rows import DELIMITER, RUNNING
 from mcts.engines.value_head import ValueHead
 from tests.models import FAMILIES, make_policy, save_model
 
@@ -91,3 +93,36 @@ def test_slots_are_handed_out_once_and_never_beyond_the_pool() -> None:
     assert sorted(pool.take(4)) == sorted(first)
     pool.release(10)
     assert pool.reserve(10)
+
+
+def test_a_path_lists_its_slots_from_the_first_token_to_the_last() -> None:
+    hidden = np.zeros(1, dtype=np.float32)
+
+    def slots(*numbers: int) -> np.ndarray:
+        return np.array(numbers, dtype=np.int32)
+
+    root = Prefix(None, 2, slots(7, 3), hidden)
+    step = Prefix(root, 5, slots(9, 1, 4), hidden)
+    leaf = Prefix(step, 6, slots(2), hidden)
+    assert root.path().tolist() == [7, 3]
+    assert leaf.path().tolist() == [7, 3, 9, 1, 4, 2]
+    cache = PrefixCache(slots(50, 51), 100)
+    tokens = slots(50, 51, 60, 61, 62, 63)
+    assert cache.longest(tokens) is None
+    for prefix in (root, step, leaf):
+        cache.add(tokens[: prefix.length].tobytes(), prefix)
+    assert cache.longest(tokens) is step
+    assert cache.longest(slots(50, 51, 60, 99, 62, 63)) is root
+    assert cache.used == 6
+    assert sorted(cache.drain()) == [1, 2, 3, 4, 7, 9]
+    assert cache.find(tokens.tobytes()) is None
+
+
+def test_a_long_delimiter_that_begins_before_the_step_does_not_end_it() -> None:
+    codec = Codec(make_policy(vocabulary=["a", "b"]), "a a b")
+    ids = codec.delimiter_ids
+    row = np.array([[ids[0], ids[1], ids[2]]], dtype=np.int32)
+    none, rows, at = np.zeros(1, dtype=np.int8), np.array([0]), np.array([2])
+    assert codec.long_codes(none, row, rows, at, np.array([0])).tolist() == [DELIMITER]
+    assert codec.long_codes(none, row, rows, at, np.array([1])).tolist() == [RUNNING]
+    assert codec.long_codes(none, row[:, ::-1].copy(), rows, at, np.array([0])).tolist() == [RUNNING]

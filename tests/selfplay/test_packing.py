@@ -246,7 +246,9 @@ def test_a_model_that_ignores_the_mask_or_has_a_short_window_is_trained_per_path
     assert not check_tree_mask(windowed, max_length=64)
 
 
-def test_kernels_give_the_losses_and_gradients_of_the_model_itself():
+@pytest.mark.parametrize("short", [0, 128])
+def test_kernels_give_the_losses_and_gradients_of_the_model_itself(short, monkeypatch):
+    monkeypatch.setattr(llama_kernels, "SHORT", short)
     policy = tiny_policy()
     assert check_kernels(policy)
     items = [full_item(random_tree(np.random.default_rng(s), 14)) for s in range(3)]
