@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -71,13 +72,16 @@ def forward(
 
 def batches(items: Sequence[Item], tokens: int) -> Iterator[list[int]]:
     """Indices of the items in batches of at most `tokens` tokens (a larger item stands alone), longest first:
-    neighbours in length share a batch, so that little is padded. The order does not depend on anything else."""
+    neighbours in length share a batch, so that little is padded, and batches are of nearly equal size, so that they
+    can be worked on side by side. The order does not depend on anything else."""
     order = sorted(range(len(items)), key=lambda i: (-len(items[i]), i))
+    total = sum(len(item) for item in items)
+    goal = total / max(1, math.ceil(total / tokens))
     batch: list[int] = []
     filled = 0
     for index in order:
         size = len(items[index])
-        if batch and filled + size > tokens:
+        if batch and (filled + size > tokens or filled + size / 2 > goal):
             yield batch
             batch, filled = [], 0
         batch.append(index)

@@ -38,6 +38,9 @@ class AlphaZero:
     """outcome, mean or max (`items.ValueRule`)."""
     value_mix: float = 0.0
     """Share of the search's mean value Q in the labels."""
+    value_share: float = 1.0
+    """Share of the trees whose nodes carry value labels; the others are trained on for the policy alone. Labels keep
+    whole trees in the batch, imitation only their winning paths."""
 
     def __post_init__(self) -> None:
         self.coefficients  # noqa: B018 (negative weights are refused)
@@ -45,8 +48,9 @@ class AlphaZero:
             raise ValueError(f"max_wins must be at least 1, not {self.max_wins}")
         if self.value_label not in list(ValueRule):
             raise ValueError(f"value_label must be one of {', '.join(ValueRule)}, not {self.value_label!r}")
-        if not 0.0 <= self.value_mix <= 1.0:
-            raise ValueError(f"value_mix must lie in [0, 1], not {self.value_mix}")
+        for name in ("value_mix", "value_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
 
     @property
     def coefficients(self) -> Coefficients:
@@ -68,7 +72,8 @@ class AlphaZero:
         for trace, wins in zip(traces, picked, strict=True):
             tree = trace.tree
             groups = policy_groups(tree, str(trace.settings.get("prior_rule", "exact"))) if self.policy else []
-            labels = value_labels(tree, rule, path=trace.path, mix=self.value_mix) if self.value else None
+            labelled = self.value > 0.0 and (self.value_share == 1.0 or rng.random() < self.value_share)
+            labels = value_labels(tree, rule, path=trace.path, mix=self.value_mix) if labelled else None
             item = from_tree(
                 tree,
                 wins=wins,

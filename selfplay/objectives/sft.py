@@ -30,6 +30,8 @@ class Sft:
     """outcome, mean or max (`items.ValueRule`)."""
     value_mix: float = 0.0
     """Share of the search's mean value Q in the labels."""
+    value_share: float = 1.0
+    """Share of the trees whose nodes carry value labels."""
     kl: float = 0.0
     """Weight of the KL to the reference."""
 
@@ -46,6 +48,7 @@ class Sft:
             max_wins=self.max_wins,
             value_label=self.value_label,
             value_mix=self.value_mix,
+            value_share=self.value_share,
         )
 
     @property

@@ -129,6 +129,35 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut_into_batches():
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_traces_and_worked_examples_are_mixed_by_their_shares():
+    def gradient(share, trace_items):
+        policy = tiny_policy()
+        learner = Learner(policy, Sft(value=0.5), settings(items_per_step=8))
+        kept = []
+        clip = learner.optimizer.clip
+
+        def keep():
+            kept.append(torch.cat([p.grad.flatten() for p in policy.model.model.layers.parameters()]))
+            return clip()
+
+        learner.optimizer.clip = keep
+        size = len(trace_items) + round(share * 8) if share < 1.0 else 2
+        fresh = examples() if share else None
+        learner.learn(1, trace_items, Budget(steps=1), fresh=fresh, fresh_share=share, items_per_step=size)
+        return kept[0]
+
+    six = traces(6)
+    both, ours, theirs = gradient(0.25, six), gradient(0.0, six), gradient(1.0, [])
+    torch.testing.assert_close(both, 0.75 * ours + 0.25 * theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_training_mode_learns_without_dropout():
+    policy = tiny_policy("gpt2")
+    policy.model.train()
+    assert Learner(policy, Sft(), settings()).tree_mask
+    assert not policy.model.training
+
+
 def test_a_model_without_tree_mask_learns_the_same_path_by_path(monkeypatch):
     norms = []
     for fits in (True, False):
