@@ -263,18 +263,19 @@ class _Phase:
             totals = Totals.of(source.items)
             for number, batch in enumerate(batches(source.items, learner.settings.batch_tokens)):
                 work.append((source, totals, batch, number == 0))
+        work.sort(key=lambda task: -sum(len(task[0].items[i]) for i in task[2]))  # large ones first: none waits alone
         parts: dict[str, float] = {}
         entropies: list[Tensor] = []
         gaps: list[Tensor] = []
         done = list(self.pool.map(lambda task: self._batch(*task), work))
-        if not all(math.isfinite(batch.loss) for batch in done):
+        if not all(math.isfinite(found.loss) for found in done):
             raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
-        for (source, _, _, _), batch in zip(work, done, strict=True):
-            learner.optimizer.accumulate(batch.gradients)
-            for name, value in batch.parts.items():
+        for (source, _, _, _), found in zip(work, done, strict=True):
+            learner.optimizer.accumulate(found.gradients)
+            for name, value in found.parts.items():
                 name = name if source.traces else f"replay_{name}"
                 parts[name] = parts.get(name, 0.0) + value
-            self._observe(source, batch.outputs, batch.packed, entropies, gaps, first=first)
+            self._observe(source, found.outputs, found.packed, entropies, gaps, first=first)
         norm = learner.optimizer.clip()
         if not math.isfinite(norm):
             learner.optimizer.zero_grad()

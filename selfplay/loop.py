@@ -26,7 +26,7 @@ from selfplay.run_folder import RunFolder
 from selfplay.shards import ReplayWindow, commit, list_shards, shard_path
 from selfplay.stats import pass_at_k, wilson
 from selfplay.summary import PlaySummary, summarise_shards
-from selfplay.worker import Answered, EvaluationJob, chain_search, units_of
+from selfplay.worker import Answered, EvaluationJob, chain_search, stream_seed, units_of
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,10 @@ class Loop:
         else:
             weights = rates.weights(config.weight_floor)
         picks = draw_problems(weights, config.problems, seed=self.config.seed, iteration=iteration)
-        problems = [self.problems[i] for i in picks]
+        problems = [
+            self.task.vary(p, stream_seed(self.config.seed, iteration, p.id))
+            for p in map(self.problems.__getitem__, picks)
+        ]
         units = list(units_of(problems, size=config.unit, iteration=iteration, policy_version=base))
         missing = [u for u in units if not shard_path(self.run.path, iteration, u.part).exists()]
         progress = self._phase("play", iteration)

@@ -7,6 +7,7 @@ by white space; step texts carry none at their ends, and " ".join(steps) is the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -153,6 +154,13 @@ class ArithmeticTask:
             prompt=f"{' '.join(map(str, numbers))} -> {target} :",
             meta={"numbers": list(numbers), "target": target, **facts},
         )
+
+    def vary(self, problem: Problem, seed: int) -> Problem:
+        """The numbers in another order."""
+        numbers = np.random.default_rng(seed).permutation(self._numbers(problem)).tolist()
+        target = self._facts(problem)["target"]
+        prompt = f"{' '.join(map(str, numbers))} -> {target} :"
+        return replace(problem, prompt=prompt, meta={**problem.meta, "numbers": numbers})
 
     def read(self, text: str) -> Problem:
         """`3 7 12 -> 33`, with or without the closing `:`. Raises TaskError."""

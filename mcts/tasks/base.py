@@ -58,6 +58,11 @@ class Task(Protocol):
         """A problem as a user types it. Raises TaskError with one sentence that says how to write it."""
         ...
 
+    def vary(self, problem: Problem, seed: int) -> Problem:
+        """The same problem in other words (for Countdown: its numbers in another order), a function of `seed`; itself
+        where there is only one way to say it. Id and gold answer stay."""
+        ...
+
     def split_steps(self, text: str) -> list[str]:
         """Cut a solution text into steps; `joiner`.join of the result is the text."""
         ...

@@ -287,3 +287,14 @@ def test_targets_that_play_cannot_reach_end_the_stream_with_an_error() -> None:
     task = Countdown(high=2, target_low=90, target_high=99, heldout_sets=1, dev_sets=1)
     with pytest.raises(TaskError, match="does not reach the targets 90 to 99"):
         next(task.warmup(0))
+
+
+def test_a_varied_problem_is_the_same_problem_with_its_numbers_in_another_order() -> None:
+    task = load_task("countdown", numbers=4, heldout_sets=10, dev_sets=10, train_sets=20)
+    problem = task.problems("train")[0]
+    varied = [task.vary(problem, seed) for seed in range(30)]
+    assert len({v.prompt for v in varied}) > 5
+    assert {v.id for v in varied} == {problem.id}
+    assert {tuple(sorted(v.meta["numbers"])) for v in varied} == {tuple(sorted(problem.meta["numbers"]))}
+    assert task.vary(problem, 3) == task.vary(problem, 3)
+    assert task.read(varied[0].prompt).meta["target"] == problem.meta["target"]

@@ -137,11 +137,12 @@ class Death(BaseException):
     """The process ends here: nothing may catch it."""
 
 
-def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tmp_path, monkeypatch):
-    """Every sync, rename and removal is a moment to die at; the next save goes on from whatever was left."""
+@pytest.fixture
+def dying(monkeypatch):
+    """Set `left` to n: the n-th sync, rename, removal or new folder from there kills the process."""
     calls = {"left": -1}
 
-    def dying(real):
+    def wrap(real):
         def call(*args, **kwargs):
             calls["left"] -= 1
             if calls["left"] == 0:
@@ -151,23 +152,46 @@ def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tm
         return call
 
     for name in ("fsync", "rename", "unlink", "rmdir", "mkdir"):
-        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+    return calls
+
+
+def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tmp_path, dying):
+    """The next save goes on from whatever was left."""
     save(tmp_path, 1, learner.policy, None, {"try": 0})
     for moment in itertools.count(1):
-        calls["left"] = moment
+        dying["left"] = moment
         try:
             save(tmp_path, 2, learner.policy, None, {"try": moment})
         except Death:
-            calls["left"] = -1
+            dying["left"] = -1
             for number in existing(tmp_path):
                 verify(path_of(tmp_path, number))
             assert read_state(path_of(tmp_path, 1)) == {"try": 0}
         else:
             break
-    calls["left"] = -1
+    dying["left"] = -1
     assert moment > 20
     assert read_state(path_of(tmp_path, 2)) == {"try": moment}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00001", "00002"]
+
+
+def test_death_at_any_moment_of_removing_leaves_whole_checkpoints_only(learner, tmp_path, dying):
+    save(tmp_path, 2, learner.policy, None, {})
+    for moment in itertools.count(1):
+        save(tmp_path, 1, learner.policy, None, {})
+        dying["left"] = moment
+        try:
+            retain(tmp_path, keep=1)
+        except Death:
+            dying["left"] = -1
+            for number in existing(tmp_path):
+                verify(path_of(tmp_path, number))
+        else:
+            break
+    dying["left"] = -1
+    assert moment > 5
+    assert existing(tmp_path) == [2]
 
 
 SAVER = """

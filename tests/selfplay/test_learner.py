@@ -119,11 +119,11 @@ def test_learning_goes_on_from_a_saved_state_as_if_never_interrupted(name):
     assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
 
 
-def test_the_loss_does_not_depend_on_how_a_step_is_cut_into_batches():
+def test_the_loss_does_not_depend_on_how_a_step_is_cut_into_batches_and_rows():
     found = []
-    for tokens in (32, 10_000):
+    for tokens, row in ((32, 16), (10_000, 64)):
         policy = tiny_policy()
-        learner = Learner(policy, AlphaZero(nll=0.5), settings(batch_tokens=tokens))
+        learner = Learner(policy, AlphaZero(nll=0.5), settings(batch_tokens=tokens, row_length=row))
         metrics = learner.learn(1, traces(), Budget(steps=1), fresh=examples(), fresh_share=0.25)
         found.append([metrics[k] for k in ("grad_norm", "policy_loss", "value_loss", "nll", "replay_nll")])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
