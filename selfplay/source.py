@@ -22,7 +22,7 @@ NAMED = {
     "oracle": "best_of_n:pick=oracle",
     "beam": "beam",
     "mcts": "mcts:commit=never,simulations=0",
-    "gumbel": "gumbel:commit=never",
+    "gumbel": "gumbel",
     "index": "index",
     "redraw": "redraw",
 }

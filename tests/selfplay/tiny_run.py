@@ -56,8 +56,8 @@ def arrange(moment: str) -> None:
     from selfplay import checkpoint, loop, report
 
     show = report.Watch.__call__
-    commit, link, unlink = loop.commit, os.link, Path.unlink
-    save, rename = loop.Loop._evaluate, os.rename
+    commit, link = loop.commit, os.link
+    finish = loop.Loop._evaluate
     commits = 0
 
     def watch(self: report.Watch, event: Any) -> None:
@@ -65,6 +65,7 @@ def arrange(moment: str) -> None:
         if (
             event.phase == moment
             and event.iteration == (0 if moment == "warm-up" else 1)
+            and (event.total or moment == "evaluate")
             and 2 * event.done >= event.total
         ):
             _die()
@@ -86,7 +87,7 @@ def arrange(moment: str) -> None:
     def evaluate(self: Any, iteration: int) -> None:
         if iteration == 1 and moment == "after checkpoint":
             _die()
-        save(self, iteration)
+        finish(self, iteration)
 
     report.Watch.__call__ = watch  # type: ignore[method-assign]
     loop.commit = counted  # type: ignore[assignment]
@@ -101,7 +102,6 @@ def arrange(moment: str) -> None:
             return inner(run, iteration, *args, **kwargs)
 
         checkpoint.save = torn  # type: ignore[assignment]
-    del unlink, rename
 
 
 def main(moment: str, run: str) -> None:
