@@ -18,8 +18,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
+# an interrupted run is continued
 selfplay: $(VENV)/.installed
-	$(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED)
+	if test -e $(RUN)/run.json; then $(BIN)/selfplay resume $(RUN); \
+	else $(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED); fi
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"

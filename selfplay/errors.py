@@ -6,18 +6,22 @@ import sys
 
 from mcts.types import SettingError
 
-__all__ = ["SettingError", "UserError", "known_errors"]
+__all__ = ["NonFiniteLoss", "SettingError", "UserError", "known_errors"]
 
 
 class UserError(SettingError):
     """Something asked for that cannot be: a wrong path, name or value. Exit code 2."""
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient was not a finite number; the weights are those before the step that failed."""
+
+
 RUNTIME = (
     ("selfplay.run_folder", "RunError"),
     ("selfplay.shards", "ShardError"),
     ("selfplay.checkpoint", "CheckpointError"),
-    ("selfplay.learner", "NonFiniteLoss"),
+    ("selfplay.errors", "NonFiniteLoss"),
     ("mcts.types", "SearchError"),
 )
 """Errors of what a user has, not of what a user typed. Exit code 1."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcts.rng import generator, hash64
 from mcts.tasks.base import Example
+from selfplay.errors import NonFiniteLoss
 from selfplay.forward import Outputs, batches, check_kernels, check_tree_mask, fit, forward
 from selfplay.items import Encode, ExampleEncoder
 from selfplay.metrics import Means, RunningAuc
@@ -24,10 +25,6 @@ from selfplay.packing import Item, Packed, pack
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient was not a finite number; the weights are those before the step that failed."""
 
 
 @dataclass(frozen=True, slots=True)

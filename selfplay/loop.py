@@ -20,6 +20,7 @@ from mcts.tasks import load_task
 from mcts.types import Problem
 from selfplay import checkpoint as checkpoints
 from selfplay.config import Config
+from selfplay.errors import NonFiniteLoss
 from selfplay.executor import Executor
 from selfplay.problems import SolveRates, draw_problems
 from selfplay.run_folder import RunFolder
@@ -112,20 +113,27 @@ class Loop:
         played = time.perf_counter()
         rates.update(*summary.rates(self.index))
         metrics = self._learn(iteration, base, base_path)
+        diverged = metrics is None
+        if diverged:
+            log.warning("iteration %d: the loss was not finite; the weights of checkpoint %d are kept", iteration, base)
+            self.executor.restore(base_path)
         state = {
             "iteration": iteration,
             "policy_version": iteration,
             "base": base,
             "rates": rates.to_state(),
-            "metrics": {**summary.metrics(), **metrics, "staleness": 0, "rolled_back": base != iteration - 1},
+            "metrics": {
+                **summary.metrics(),
+                **(metrics or {}),
+                "staleness": 0,
+                "rolled_back": diverged or base != iteration - 1,
+            },
             "seconds": {
                 "play_seconds": played - began,
                 "learn_seconds": time.perf_counter() - played,
                 "tokens_per_second": summary.sampled / (played - began),
             },
         }
-        if metrics.get("rolled_back_on_loss"):
-            log.warning("iteration %d: the loss was not finite; weights of checkpoint %d are kept", iteration, base)
         self.executor.save(iteration, state)
         self.learner_at = iteration
         self._evaluate(iteration)
@@ -158,11 +166,15 @@ class Loop:
             progress(done, len(units), {})
         return summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
 
-    def _learn(self, iteration: int, base: int, base_path: Path) -> dict[str, Any]:
+    def _learn(self, iteration: int, base: int, base_path: Path) -> dict[str, Any] | None:
+        """The metrics of a learning phase; None where its loss was not finite."""
         if self.learner_at != base:
             self.executor.restore(base_path)
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
-        return self.executor.learn(iteration, shards, self._phase("learn", iteration))
+        try:
+            return self.executor.learn(iteration, shards, self._phase("learn", iteration))
+        except NonFiniteLoss:
+            return None
 
     def _evaluate(self, iteration: int) -> None:
         """Greedy pass@1 on dev and held-out, pass@k beside it; then the iteration's row of metrics.jsonl."""

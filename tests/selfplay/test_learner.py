@@ -12,8 +12,9 @@ import torch
 
 from mcts.tasks.base import Example
 from mcts.types import Problem
+from selfplay.errors import NonFiniteLoss
 from selfplay.forward import token_logprobs
-from selfplay.learner import Budget, Learner, LearnerSettings, NonFiniteLoss
+from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.metrics import RunningAuc
 from selfplay.objectives import AlphaZero, Sft
 from selfplay.optimizers import Optimizer, OptimizerSettings, Schedule
