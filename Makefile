@@ -24,7 +24,7 @@ selfplay: $(VENV)/.installed
 	else $(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED); fi
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not bench and not gpu"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

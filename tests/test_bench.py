@@ -27,7 +27,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_quick_benchmark_reports_every_row_with_a_finite_ratio_to_its_baseline(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "--quick", "--out", str(out)]
