@@ -26,9 +26,6 @@ def main() -> None:
     """Run a command; turn the errors that a user can mend into one sentence and an exit code."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("interrupted; everything committed so far is kept", file=sys.stderr)
-        sys.exit(INTERRUPTED)
     except Exception as error:
         from selfplay.errors import SettingError, known_errors
 
@@ -61,9 +58,10 @@ def resume(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
 ) -> None:
     """Continue a run as if nothing had happened."""
+    from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    _drive(RunFolder.open(run, overrides or []))
+    _drive(RunFolder.open(run, overrides or [], check_parts))
 
 
 def _drive(run: Any) -> None:
@@ -85,6 +83,10 @@ def _drive(run: Any) -> None:
                 board(event)
 
             rows = Loop(run, executor, both).go()
+    except KeyboardInterrupt as interrupt:
+        message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.path)}"
+        print(message, file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from interrupt
     finally:
         executor.close()
         board.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from selfplay.config import Config
 from selfplay.executor import Progress
@@ -20,6 +20,16 @@ from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
 log = logging.getLogger(__name__)
 UNITS_PER_WORKER = 2
 """Units that a worker holds at once: the next one's searches start while the last ones of a unit finish."""
+
+
+def _get(call: Any) -> Any:
+    """The result of an actor's call, or the error that it raised itself, without Ray's wrapping."""
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from None
+        raise
 
 
 class WorkerActor:
@@ -95,7 +105,7 @@ class RayExecutor:
         self._checkpoint = (checkpoint, version)
         for i, worker in enumerate(self._workers):
             try:
-                ray.get(worker.load.remote(checkpoint, version))
+                _get(worker.load.remote(checkpoint, version))
             except RayActorError:
                 self._replace(i)
 
@@ -128,7 +138,7 @@ class RayExecutor:
             (done,), _ = ray.wait(list(under_way), num_returns=1)
             index = under_way.pop(done)
             try:
-                played: Played = ray.get(done)
+                played: Played = _get(done)
             except RayActorError:
                 self._replace(index)
                 waiting.extend(held[index].values())
@@ -155,7 +165,7 @@ class RayExecutor:
             (done,), _ = ray.wait(list(under_way), num_returns=1)
             index, item = under_way.pop(done)
             try:
-                answers[item[0]] = ray.get(done)
+                answers[item[0]] = _get(done)
             except RayActorError:
                 self._replace(index)
                 waiting.append(item)
@@ -167,21 +177,21 @@ class RayExecutor:
         while True:
             done, _ = ray.wait([call], timeout=0.5)
             if done:
-                result: dict[str, Any] = ray.get(call)
+                result: dict[str, Any] = _get(call)
                 return result
-            progress(*ray.get(self._learner.progress.remote()))
+            progress(*_get(self._learner.progress.remote()))
 
     def warm_up(self, progress: Progress) -> dict[str, Any]:
         return self._follow(self._learner.warm_up.remote(), progress)
 
     def restore(self, checkpoint: Path) -> None:
-        ray.get(self._learner.restore.remote(checkpoint))
+        _get(self._learner.restore.remote(checkpoint))
 
     def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> dict[str, Any]:
         return self._follow(self._learner.learn.remote(iteration, shards), progress)
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        path: Path = ray.get(self._learner.save.remote(iteration, state))
+        path: Path = _get(self._learner.save.remote(iteration, state))
         return path
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mcts.strategies import build as build_strategy
 from mcts.types import Problem
 from selfplay.config import SearchConfig
 from selfplay.errors import UserError
@@ -33,6 +34,10 @@ class Line:
     sampled: int
     seconds: float
     oracle: bool
+    failed: int = 0
+    """Searches that could not be done at all."""
+    why: str | None = None
+    """What the first of them said."""
 
     def data(self) -> dict[str, Any]:
         low, high = wilson(self.won, self.problems)
@@ -47,6 +52,7 @@ class Line:
             "tokens_per_win": self.sampled / self.won if self.won else None,
             "seconds": self.seconds,
             "oracle": self.oracle,
+            "failed": self.failed,
         }
 
 
@@ -82,8 +88,8 @@ def read_problems(path: Path) -> list[Problem]:
     """Problems from JSONL: `id` and `prompt`, optional `reference` and `meta`. Raises UserError naming the row."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read problems {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read problems {path}: {error}") from error
     problems: list[Problem] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, start=1):
@@ -95,10 +101,14 @@ def read_problems(path: Path) -> list[Problem]:
             raise UserError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
         if not isinstance(row, dict) or not {"id", "prompt"} <= row.keys():
             raise UserError(f"{path}, row {number}: a problem needs the fields id and prompt")
-        if row["id"] in seen:
-            raise UserError(f"{path}, row {number}: the id {row['id']!r} is there twice")
-        seen.add(row["id"])
-        problems.append(Problem(str(row["id"]), row["prompt"], row.get("reference"), row.get("meta", {})))
+        if not isinstance(row["id"], str | int) or not isinstance(row["prompt"], str | list):
+            raise UserError(f"{path}, row {number}: id must be text or a number, prompt text or chat messages")
+        name = str(row["id"])
+        if name in seen:
+            raise UserError(f"{path}, row {number}: the id {name!r} is there twice")
+        seen.add(name)
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else tuple(row["prompt"])
+        problems.append(Problem(name, prompt, row.get("reference"), row.get("meta") or {}))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
@@ -125,12 +135,22 @@ def evaluate_model(
     chosen = list(kind.problems(split)) if problems is None else read_problems(problems)
     chosen = chosen[:limit]
     engine = source.load_engine(kind)
+    if problems is not None:
+        for number, problem in enumerate(chosen, start=1):
+            try:
+                engine.encode(problem.prompt)
+            except ValueError as error:
+                raise UserError(f"{problems}, problem {number} ({problem.id}) cannot be encoded: {error}") from error
     worst = kind.max_steps * kind.max_step_tokens
+    for strategy in strategies or DEFAULT_STRATEGIES:  # a typo in the last one must not cost the others' work
+        search = parse_search(strategy, worst, source.config.play.search, kind)
+        build_strategy(search.strategy.name, **search.strategy.settings)
     lines: list[Line] = []
     for strategy in strategies or DEFAULT_STRATEGIES:
-        for budget in budgets or [worst * step for step in BUDGET_STEPS]:
-            if strategy == "greedy" and any(line.strategy == strategy for line in lines):
-                continue
+        wanted = list(budgets or [worst * step for step in BUDGET_STEPS])
+        if strategy == "greedy":  # one chain, whatever it may cost
+            wanted = [worst]
+        for budget in wanted:
             search = parse_search(strategy, budget, source.config.play.search, kind)
             answers, seconds = _run(engine, kind, chosen, search, seed, source.version)
             line = Line(
@@ -141,7 +161,13 @@ def evaluate_model(
                 sum(a.sampled for a in answers),
                 seconds,
                 any(a.oracle for a in answers),
+                sum(a.failed is not None for a in answers),
+                next((a.failed for a in answers if a.failed is not None), None),
             )
+            if line.failed == line.problems:
+                raise UserError(f"{strategy}: no search could be done: {line.why}")
+            if line.failed:
+                progress(f"{strategy}: {line.failed} searches failed and count as not won: {line.why}")
             lines.append(line)
             progress(f"{strategy} at {budget} tokens: {100 * line.won / line.problems:.1f}%")
     return Report(model, tuple(lines))

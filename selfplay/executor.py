@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mcts.engines.model import check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
-from selfplay.errors import UserError
+from selfplay.fresh import check_architecture
 from selfplay.objectives import build_objective
 from selfplay.trainer import Trainer
 from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
@@ -113,8 +114,10 @@ def check_parts(config: Config) -> None:
     load_task(config.task.name, **config.task.settings)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
     build_objective(config.learn.objective.name, **config.learn.objective.settings)
-    if config.model.path is not None and not Path(config.model.path).is_dir():
-        raise UserError(f"there is no model folder {config.model.path}; set model.path to a Hugging Face folder")
+    if config.model.path is not None:
+        check_folder(config.model.path)
+    else:
+        check_architecture(config.model.fresh)
 
 
 def make_executor(config: Config, run: Path) -> Executor:

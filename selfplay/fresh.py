@@ -54,6 +54,11 @@ def build_fresh_model(
     os.replace(building, target)
 
 
+def check_architecture(architecture: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown or impossible setting."""
+    _settings(architecture)
+
+
 def _settings(architecture: Mapping[str, Any]) -> dict[str, int | float | bool]:
     settings = dict(ARCHITECTURE)
     for key, value in architecture.items():

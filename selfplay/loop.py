@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mcts.tasks import load_task
-from mcts.types import Problem
+from mcts.types import Problem, SearchError
 from selfplay import checkpoint as checkpoints
 from selfplay.config import Config
 from selfplay.errors import NonFiniteLoss
@@ -61,7 +61,8 @@ class Loop:
         self.task = task
         self.problems: Sequence[Problem] = task.problems("train")
         self.index = {p.id: i for i, p in enumerate(self.problems)}
-        self.began = time.perf_counter()
+        before = run.metrics()
+        self.began = time.perf_counter() - (before[-1]["wall_seconds"] if before else 0.0)
         self.learner_at: int | None = None
         """Checkpoint whose weights and optimiser state the learner holds."""
 
@@ -164,7 +165,12 @@ class Loop:
             commit(played.pending, shard_path(self.run.path, iteration, played.unit.part))
             done += 1
             progress(done, len(units), {})
-        return summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
+        summary = summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
+        if summary.failed == len(problems):
+            raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")
+        if summary.failed:
+            log.warning("iteration %d: %d searches failed: %s", iteration, summary.failed, summary.failure)
+        return summary
 
     def _learn(self, iteration: int, base: int, base_path: Path) -> dict[str, Any] | None:
         """The metrics of a learning phase; None where its loss was not finite."""
@@ -211,6 +217,9 @@ class Loop:
         scores: dict[str, list[Answered]] = {}
         for name, chunks in jobs.items():
             scores[name] = [a for _ in chunks for a in answers.pop(0)]
+        failures = [a.failed for answers in scores.values() for a in answers if a.failed is not None]
+        if failures:
+            raise SearchError(f"{len(failures)} searches of the evaluation could not be done: {failures[0]}")
         won = sum(a.won for a in scores["heldout"])
         low, high = wilson(won, len(heldout))
         row = {
@@ -223,9 +232,9 @@ class Loop:
         }
         if k := self.config.evaluate.samples:
             samples = scores["samples"]
-            row[f"heldout_pass{k}"] = float(np.mean([pass_at_k(a.chains, a.chain_wins, k) for a in samples]))
-            row["heldout_sampled_pass1"] = float(np.mean([a.chain_wins / a.chains for a in samples]))
-            row["distinct_steps"] = sum(a.distinct_steps for a in samples) / sum(a.steps for a in samples)
+            row[f"heldout_pass{k}"] = float(np.mean([pass_at_k(max(k, a.chains), a.chain_wins, k) for a in samples]))
+            row["heldout_sampled_pass1"] = float(np.mean([a.chain_wins / max(1, a.chains) for a in samples]))
+            row["distinct_steps"] = sum(a.distinct_steps for a in samples) / max(1, sum(a.steps for a in samples))
         return row
 
     def _retain(self, iteration: int) -> None:
@@ -247,6 +256,8 @@ def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
         return default
     best = max(scored, key=lambda row: row["dev_pass1"])
     newest = scored[-1]
+    if any(row.get("rolled_back") for row in rows if row["iteration"] > newest["iteration"]):
+        return default  # it was answered already, and what came after is not scored yet
     if newest["dev_pass1"] >= COLLAPSE * best["dev_pass1"]:
         return default
     _, high = wilson(round(newest["dev_pass1"] * newest["dev_problems"]), newest["dev_problems"])

@@ -6,9 +6,10 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,9 +82,12 @@ class RunFolder:
             raise
 
     @classmethod
-    def open(cls, path: Path, overrides: Sequence[str] = ()) -> RunFolder:
+    def open(
+        cls, path: Path, overrides: Sequence[str] = (), check: Callable[[Config], None] = lambda _: None
+    ) -> RunFolder:
         """An existing run, to be continued. Overrides are kept as the run's new config; the old one stays beside
-        it. Raises RunError where there is no run or another process holds it, ConfigError for a bad override."""
+        it. `check` judges the new config before anything is written. Raises RunError where there is no run or another
+        process holds it, ConfigError for a bad override."""
         path = path.absolute()
         if not (path / "run.json").exists():
             raise RunError(f"{path} holds no run (no run.json); give the folder that `selfplay launch` named")
@@ -93,10 +97,10 @@ class RunFolder:
             config = load_config(path / "config.yaml")
             if overrides:
                 changed = parse_config(config.to_yaml(), overrides, source="config")
-                if changed.task != config.task or changed.seed != config.seed:
-                    raise ConfigError("task and seed are what a run is; launch a new run to change them")
+                _refuse(changed, config, path)
+                check(changed)
                 if changed != config:
-                    os.replace(path / "config.yaml", path / f"config.until-epoch-{facts['epoch']:03d}.yaml")
+                    write_atomically(path / f"config.until-epoch-{facts['epoch']:03d}.yaml", config.to_yaml())
                     write_atomically(path / "config.yaml", changed.to_yaml())
                     config = changed
             facts["epoch"] += 1
@@ -125,7 +129,10 @@ class RunFolder:
     def _clean_pending(self) -> None:
         """What an earlier driver's workers left unfinished or uncommitted is played again."""
         for leftover in (self.path / "pending").iterdir():
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     @property
     def checkpoints(self) -> Path:
@@ -136,7 +143,7 @@ class RunFolder:
         write_atomically(self.path / "heartbeat.json", json.dumps({"time": time.time(), **facts}))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a half-written last line (a crash) is left out."""
+        """The rows of metrics.jsonl (replaced as a whole, so no line is ever half-written)."""
         return read_metrics(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -152,6 +159,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _refuse(changed: Config, config: Config, path: Path) -> None:
+    """Raise ConfigError for a change that a run cannot take, or cannot take now."""
+    same = [("task", changed.task == config.task), ("seed", changed.seed == config.seed)]
+    same += [("model.path", changed.model.path == config.model.path)]
+    same += [("model.fresh", changed.model.fresh == config.model.fresh)]
+    same += [("learn.optimizer.name", changed.learn.optimizer.name == config.learn.optimizer.name)]
+    for name, equal in same:
+        if not equal:
+            raise ConfigError(f"{name} is part of what a run is; launch a new run to change it")
+    done = max((int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()), default=-1)
+    played = any((path / "traces" / f"iteration={done + 1:05d}").glob("*.arrow"))
+    if played and (changed.play, changed.engine) != (config.play, config.engine):
+        raise ConfigError(
+            f"iteration {done + 1} is partly played, so play and engine cannot change now; resume without those "
+            "overrides, and with them after it"
+        )
 
 
 def _packages() -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from selfplay.config import Config, EngineConfig, Part, PlayConfig, SearchConfig, load_config
 from selfplay.errors import UserError
@@ -56,7 +59,9 @@ def find_source(model: str, task: str | None = None) -> Source:
     """
     from selfplay import checkpoint
 
-    path = Path(model)
+    path = Path(model).absolute()
+    if not path.exists():
+        raise UserError(f"there is no run, checkpoint or model folder at {model}")
     if (path / "run.json").exists():
         config = _with_task(load_config(path / "config.yaml"), task)
         last = checkpoint.latest(path / "checkpoints")
@@ -69,20 +74,24 @@ def find_source(model: str, task: str | None = None) -> Source:
         return Source(path / "policy", path / "value_head.safetensors", config, int(path.name))
     if task is None:
         raise UserError(f"{model} is no run, so --task is needed to say what kind of problems it is for")
-    if not path.exists() and len(path.parts) != 2:
-        raise UserError(f"there is no run, checkpoint or model folder at {path}")
-    head = path / "value_head.safetensors"
-    return Source(path, head if head.exists() else None, _bare_config(task), 0)
+    heads = [folder / "value_head.safetensors" for folder in (path, path.parent)]
+    head = next((file for file in heads if file.exists()), None)
+    return Source(path, head, _bare_config(task, path), 0)
 
 
 def _with_task(config: Config, task: str | None) -> Config:
     return config if task is None else config.model_copy(update={"task": parse_part(task)})
 
 
-def _bare_config(task: str) -> Config:
-    """Defaults for a model that comes without a run."""
+def _bare_config(task: str, folder: Path) -> Config:
+    """Defaults for a model that comes without a run; its context as far as 2,048 tokens."""
+    facts = folder / "config.json"
+    allowed = json.loads(facts.read_text(encoding="utf-8")).get("max_position_embeddings") if facts.exists() else None
+    context = min(2048, allowed or 2048)
     search = SearchConfig(strategy=Part(name="mcts"), budget=1024)
-    return Config(task=parse_part(task), play=PlayConfig(search=search), engine=EngineConfig(rows=64, max_context=2048))
+    return Config(
+        task=parse_part(task), play=PlayConfig(search=search), engine=EngineConfig(rows=64, max_context=context)
+    )
 
 
 def parse_part(text: str) -> Part:
@@ -95,7 +104,10 @@ def parse_part(text: str) -> Part:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{text!r}: {pair!r} must have the form key=value")
-        settings[key.strip()] = yaml.safe_load(value)
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{text!r}: {value!r} is no YAML value") from error
     return Part.model_validate({"name": name, **settings})
 
 
@@ -112,4 +124,8 @@ def parse_search(text: str, budget: int, base: SearchConfig, task: Task) -> Sear
     if part.name == "best_of_n":
         settings.setdefault("n", max(1, budget // (task.max_steps * task.max_step_tokens)))
     fields: dict[str, Any] = {"prior_rule": base.prior_rule, **sampling, "budget": budget}
-    return SearchConfig(strategy=Part.model_validate({"name": part.name, **settings}), **fields)
+    try:
+        return SearchConfig(strategy=Part.model_validate({"name": part.name, **settings}), **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"strategy {text!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -25,6 +25,9 @@ class PlaySummary:
     discarded: int = 0
     errors: int = 0
     """Searches whose verifier timed out or failed."""
+    failed: int = 0
+    failure: str | None = None
+    """What the first failed search said."""
     chain_wins: list[int] = field(default_factory=list)
     chains: list[int] = field(default_factory=list)
     steps: int = 0
@@ -50,6 +53,7 @@ class PlaySummary:
             "tokens_per_win": self.sampled / self.solved if self.solved else None,
             "prefix_reuse": self.cached / needed if needed else None,
             "verifier_errors": self.errors,
+            "failed": self.failed,
             "play_distinct_steps": self.distinct_steps / self.steps if self.steps else None,
         }
 
@@ -63,6 +67,9 @@ def summarise_shards(shards: Sequence[Path]) -> PlaySummary:
             verdicts = batch["verdict"].to_pylist()
             total.solved += verdicts.count("correct")
             total.errors += sum(v in ("timeout", "error") for v in verdicts)
+            failures = [why for why in batch["error"].to_pylist() if why is not None]
+            total.failed += len(failures)
+            total.failure = total.failure or next(iter(failures), None)
             usage = batch["usage"]
             for name in ("sampled", "prompt", "cached", "discarded"):
                 setattr(

@@ -69,6 +69,11 @@ def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | No
     return folder, beside if beside.is_file() else None
 
 
+def check_folder(path: str | Path) -> None:
+    """Raise ModelError where `path` is no model folder with a tokenizer. Loads nothing."""
+    _folders(path, None)
+
+
 def load_policy(
     path: str | Path,
     device: str = "cpu",

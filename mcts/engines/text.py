@@ -66,7 +66,12 @@ class Codec:
     def encode(self, prompt: str | Sequence[Message]) -> Int32:
         """Token ids of a prompt as it will be sent, int32 [P]; ValueError where it is empty or not writable."""
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
+            try:
+                ids = self._tokenizer(prompt)["input_ids"]
+            except Exception as error:
+                if type(error) is not Exception:  # what the tokenizers library raises for a word it does not know
+                    raise
+                raise ValueError(f"the prompt {prompt!r} holds words that the tokenizer does not know") from error
         elif getattr(self._tokenizer, "chat_template", None) is None:
             raise ValueError("the tokenizer has no chat template: give the prompt as text")
         else:

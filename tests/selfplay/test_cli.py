@@ -95,7 +95,7 @@ def test_evaluate_prints_accuracy_against_tokens_spent(run: Path, selfplay: Comm
     assert code == 0
     assert "mcts" in out
     lines = json.loads(file.read_text())["lines"]
-    assert [(line["strategy"], line["budget"]) for line in lines] == [("greedy", 20), ("mcts", 20), ("mcts", 40)]
+    assert [(line["strategy"], line["budget"]) for line in lines] == [("greedy", 18), ("mcts", 20), ("mcts", 40)]
     assert all(0 < line["tokens_per_problem"] <= line["budget"] for line in lines)
     assert all(line["problems"] == 6 for line in lines)
 
@@ -124,9 +124,11 @@ def sentence(error: str) -> str:
         (["launch", "configs/countdown3.yaml", "task.nubers=3"], "did you mean 'numbers'?"),
         (["launch", "configs/countdown3.yaml", "play.search.strategy.name=mtcs"], "did you mean 'mcts'?"),
         (["launch", "configs/countdown3.yaml", "learn.objective.name=alphazro"], "did you mean alphazero?"),
+        (["launch", "configs/countdown3.yaml", "model.fresh.widht=3"], "did you mean 'width'"),
+        (["launch", "configs/countdown3.yaml", "model.path=configs"], "config.json"),
         (["resume", "nowhere"], "holds no run"),
         (["inspect", "nowhere"], "nowhere does not exist"),
-        (["evaluate", "nowhere"], "--task is needed"),
+        (["evaluate", "configs"], "--task is needed"),
         (["evaluate", "nowhere", "--task", "countdown"], "no run, checkpoint or model folder"),
     ],
 )
@@ -150,6 +152,8 @@ def test_a_wrong_word_is_one_sentence(
         (["inspect", "--trace", "zzzz"], "zzzz"),
         (["evaluate", "--strategy", "mtcs"], "did you mean 'mcts'?"),
         (["evaluate", "--split", "train"], "heldout or dev"),
+        (["evaluate", "--strategy", "mcts:temperature=hot"], "temperature"),
+        (["evaluate", "--strategy", "mcts:c_init=["], "no YAML value"),
         (["solve", "not a problem"], "a problem of countdown is"),
     ],
 )
@@ -212,3 +216,39 @@ def test_a_damaged_checkpoint_stops_resume_before_anything_is_played(copy: Path,
     code, _, error = selfplay("resume", copy, "iterations=2")
     assert code == 1
     assert "damaged" in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=9", "launch a new run"),
+        ("learn.optimizer.name=muon", "launch a new run"),
+        ("learn.objective.name=nope", "there is no objective nope"),
+        ("play.search.strategy.name=mtcs", "did you mean 'mcts'?"),
+    ],
+)
+def test_a_wrong_override_at_resume_changes_nothing(override: str, says: str, copy: Path, selfplay: Command) -> None:
+    before = (copy / "config.yaml").read_text()
+    code, _, error = selfplay("resume", copy, override)
+    assert code == 2
+    assert says in sentence(error)
+    assert (copy / "config.yaml").read_text() == before
+
+
+def test_a_partly_played_iteration_keeps_its_units(copy: Path, selfplay: Command) -> None:
+    shard = first_shard(copy)
+    shutil.copytree(shard.parent, shard.parent.with_name("iteration=00002"))
+    code, _, error = selfplay("resume", copy, "play.unit=4", "iterations=2")
+    assert code == 2
+    assert "partly played" in sentence(error)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"id": ["a"], "prompt": "x"}', '{"id": "a", "prompt": 7}', '{"id": "a", "prompt": "hello"}']
+)
+def test_a_problem_that_cannot_be_used_is_named(row: str, run: Path, selfplay: Command, tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(row + "\n", encoding="utf-8")
+    code, _, error = selfplay("evaluate", run, "--problems", file)
+    assert code == 2
+    assert "problems.jsonl, " in sentence(error)

@@ -32,6 +32,7 @@ cluster: {executor: inline, learner_threads: 1}
 """
 
 MOMENTS = (
+    "building the model",
     "warm-up",
     "play",
     "before commit",
@@ -53,7 +54,7 @@ def _die() -> None:
 
 def arrange(moment: str) -> None:
     """Patch the product so that this process is killed at `moment` of iteration 1 (warm-up: iteration 0)."""
-    from selfplay import checkpoint, loop, report
+    from selfplay import checkpoint, loop, report, trainer
 
     show = report.Watch.__call__
     commit, link = loop.commit, os.link
@@ -92,6 +93,8 @@ def arrange(moment: str) -> None:
     report.Watch.__call__ = watch  # type: ignore[method-assign]
     loop.commit = counted  # type: ignore[assignment]
     loop.Loop._evaluate = evaluate  # type: ignore[method-assign]
+    if moment == "building the model":
+        trainer.build_fresh_model = lambda folder, *_a, **_k: (folder.mkdir(), _die())  # type: ignore[assignment]
     if moment == "during checkpoint":
         inner = checkpoint.save
 
