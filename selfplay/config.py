@@ -173,7 +173,8 @@ class Config(Section):
     """Checkpoints kept besides the first, the best on dev and those that resume needs."""
 
     def hash(self) -> str:
-        """Sha256 over everything that can change a trace or a weight."""
+        """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
+        longer, although it is also the horizon of the learning rate."""
         fields = self.model_dump(mode="json", exclude={"cluster", "keep_checkpoints", "iterations"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
