@@ -6,6 +6,7 @@ by white space; step texts carry none at their ends, and " ".join(steps) is the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -31,7 +32,7 @@ def whole_number(task: str, name: str, value: object, least: int, most: int) -> 
     return value
 
 
-class ArithmeticTask:
+class ArithmeticTask(ABC):
     """Combine every number once by + - * / and reach the target (a `Task`, but for its problems)."""
 
     delimiter = ";"
@@ -72,9 +73,9 @@ class ArithmeticTask:
         """Every word that a prompt or a legal play towards a target can hold: numbers ascending, then symbols."""
         return [*self.table.words, *SYMBOLS]
 
+    @abstractmethod
     def training_sets(self) -> Int64:
         """Number sets that training may see under any target, int64 [S, count], each row ascending."""
-        raise NotImplementedError
 
     # --- judging ---
 
