@@ -148,7 +148,12 @@ def draw(
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - norm
     behavior = logprobs
     if not plain or truncated or removed is not None:
-        behavior = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
+        other = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
         if greedy is not None:
-            behavior = behavior.masked_fill(greedy, 0.0)
+            other = other.masked_fill(greedy, 0.0)
+        # a plain row's is its log-probability to the last bit, whatever the rows beside it are drawn from
+        changed = (temperature != 1.0) | (top_p < 1.0)
+        if removed is not None:
+            changed[removed.rows] = True
+        behavior = torch.where(torch.from_numpy(changed).to(device), other, logprobs)
     return Draws(tokens.cpu().numpy(), logprobs.cpu().numpy(), behavior.cpu().numpy())

@@ -77,8 +77,10 @@ def test_a_row_is_drawn_alike_beside_any_other_rows() -> None:
     narrow[1::4] = 0.5
     other = draw(logits, u, mixed, narrow)
     moved = draw(logits.roll(5, 0), np.roll(u, 5), ONE, ONE)
-    for column, beside, shifted in zip(plain, other, moved, strict=True):
-        assert np.array_equal(column[::2], beside[::2]) or column is plain.behavior
+    without = draw(logits, u, ONE, ONE, Removed([1, 3], [5, 7], [1e-4, 1e-4]))
+    for column, beside, shifted, alone in zip(plain, other, moved, without, strict=True):
+        assert np.array_equal(column[::2], beside[::2])
+        assert np.array_equal(column[::2], alone[::2])
         assert np.array_equal(np.roll(column, 5), shifted)
 
 
