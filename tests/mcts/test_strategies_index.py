@@ -36,53 +36,74 @@ def small(rule: str = "exact") -> tuple[SearchContext, Queue]:
     """Root (.6) with a (p .5, v .8), b (p .2, v .1), c (p .1, lost); 4 steps at most."""
     ctx = context(rule, value=HeadValue())
     ctx.tree.raw_value[ROOT] = 0.6
+    queue = Queue(ctx, trust=0.95, kappa=2.0, patience=8)
     for made in (step("a ;", 0.5, 0.8), step("b ;", 0.2, 0.1), step("c no", 0.1, 0.9, Stop.EOS)):
-        ctx.add(ROOT, made)
-    return ctx, Queue(ctx, kappa=2.0, patience=8)
+        add(ctx, queue, ROOT, made)
+    return ctx, queue
 
 
-def test_exact_gain_is_the_value_of_what_is_not_yet_drawn() -> None:
+def add(ctx: SearchContext, queue: Queue, parent: int, made: Step) -> int:
+    node, _ = ctx.add(parent, made)
+    queue.add(node, ctx.value(node))
+    queue.update(parent)
+    return node
+
+
+def test_gain_is_the_chance_that_the_win_lies_below_a_step_not_yet_drawn() -> None:
+    # prior odds 1.5; a win lies below the rest (.2) or below a (.5, odds 4), b (.2, odds 1/9), c (lost)
     _, queue = small()
-    assert queue.index(ROOT)[0] == pytest.approx((0.6 - 0.5 * 0.8 - 0.2 * 0.1 - 0.1 * 0.0) / 4)
-    assert queue.index(1)[0] == pytest.approx(0.8 / 3)
+    unseen, seen = 0.2 * 1.5, 0.5 * 4.0 + 0.2 / 9.0
+    assert queue.odds[ROOT] == pytest.approx(unseen + seen)
+    assert queue.indices[ROOT] == pytest.approx(unseen / (1.0 + unseen + seen) / 4)
+    assert queue.indices[1] == pytest.approx(0.8 / 3)
 
 
-def test_a_lost_step_takes_mass_but_no_value_from_its_parent() -> None:
+def test_after_lost_steps_alone_the_gain_is_bayes_rule() -> None:
+    # P(win in the rest | not in what was drawn), the prior being .6 and half of the probability drawn in vain
+    ctx = context("exact", value=HeadValue())
+    ctx.tree.raw_value[ROOT] = 0.6
+    queue = Queue(ctx, trust=0.95, kappa=2.0, patience=8)
+    add(ctx, queue, ROOT, step("a no", 0.5, 0.9, Stop.EOS))
+    assert queue.indices[ROOT] * 4 == pytest.approx(0.6 * 0.5 / (0.6 * 0.5 + 0.4))
+
+
+def test_failures_below_a_promising_step_give_the_others_their_chance_back() -> None:
     ctx, queue = small()
-    gain, tie = queue.index(ROOT)
-    ctx.add(ROOT, step("d no", 0.1, 0.9, Stop.EOS))
-    assert queue.index(ROOT)[0] == pytest.approx(gain)
-    assert queue.index(ROOT)[1] < tie
+    before = queue.indices[ROOT]
+    add(ctx, queue, 1, step("e no", 0.9, 0.0, Stop.EOS))
+    assert queue.indices[1] < 0.8 / 3
+    assert queue.odds[1] == pytest.approx(0.1 * 4.0)
+    assert queue.indices[ROOT] == pytest.approx(0.3 / (1.0 + 0.3 + 0.5 * 0.4 + 0.2 / 9.0) / 4)
+    assert queue.indices[ROOT] > before
 
 
-def test_gain_is_never_negative_and_then_the_undrawn_value_decides() -> None:
-    ctx, queue = small()
-    ctx.tree.raw_value[ROOT] = 0.1
-    assert queue.index(ROOT) == (0.0, pytest.approx(0.1 * 0.2 / 4))
-
-
-def test_draws_gain_shrinks_with_the_failures_seen() -> None:
+def test_under_the_rule_draws_shares_are_counts_and_kappa_draws_stand_for_the_unseen() -> None:
     _, queue = small("draws")
-    misses = (1 - 0.8) + (1 - 0.1) + 1.0
-    assert queue.index(ROOT)[0] == pytest.approx(0.6 * 2.0 / (2.0 + misses) / 4)
+    unseen, seen = 2.0 / 5.0 * 1.5, 1.0 / 5.0 * (4.0 + 1.0 / 9.0)
+    assert queue.indices[ROOT] == pytest.approx(unseen / (1.0 + unseen + seen) / 4)
+
+
+def test_values_are_believed_up_to_trust_only() -> None:
+    ctx, queue = small()
+    node = add(ctx, queue, 1, step("f ;", 0.5, 1.0))
+    assert queue.indices[node] == pytest.approx(0.95 / 2)
+    node = add(ctx, queue, 1, step("g ;", 0.4, 0.0))
+    assert queue.indices[node] == pytest.approx(0.05 / 2)
 
 
 def test_deeper_nodes_of_equal_value_come_first() -> None:
     ctx, queue = small()
-    ctx.tree.raw_value[1] = ctx.tree.raw_value[2] = 0.5
-    deeper, _ = ctx.add(2, step("e ;", 0.5, 0.5))
-    for node in (1, deeper):
-        queue.push(node)
-    assert queue.pop(1) == [deeper]
+    deeper = add(ctx, queue, 2, step("e ;", 0.5, 0.8))
+    assert queue.best(2) == [deeper, 1]
 
 
-def test_terminal_and_closed_nodes_never_enter_the_queue() -> None:
+def test_terminal_and_closed_nodes_are_never_drawn_at() -> None:
     _, queue = small()
-    queue.push(3)
     for _ in range(8):
         queue.drawn(1, new=False)
-    queue.push(1)
-    assert queue.pop(9) == []
+    queue.update(1)
+    assert 3 not in queue.indices
+    assert sorted(queue.best(9)) == [ROOT, 2]
 
 
 @pytest.mark.parametrize("rule", ["exact", "draws"])
@@ -97,27 +118,43 @@ def test_every_draw_is_at_the_best_node_by_brute_force(rule: str, seed: int) -> 
     result = run(strategy, engine, task, seed=seed, prior_rule=rule, budget=400)
     assert len(log) > 5
 
-    # replay: rebuild the tree draw by draw and search all nodes for the best index
+    # replay: rebuild the tree draw by draw and work all indices out anew from the definition
     replay_engine = world.engine()
     prompt = replay_engine.encode(problem().prompt)
     replay_engine.open(log[0].search, prompt, 10**6)
     search = Search(problem(), strategy, 400, seed, prior_rule=rule)
     ctx = SearchContext(search, task, prompt, problem().prompt)
+    tree = ctx.tree
     missed: dict[int, int] = {}
+
+    def own(node: int) -> float:
+        value = min(max(ctx.value(node), 1 - strategy.trust), strategy.trust)
+        return 0.0 if tree.terminal[node] else value / (1 - value)
+
+    def shares(node: int) -> tuple[float, list[float]]:
+        if rule == "exact":
+            priors = [tree.prior[c] for c in tree.children[node]]
+            return max(0.0, 1 - sum(priors)), priors
+        total = strategy.kappa + sum(tree.draws[c] for c in tree.children[node])
+        return strategy.kappa / total, [tree.draws[c] / total for c in tree.children[node]]
+
+    def odds(node: int) -> float:
+        left, drawn = shares(node)
+        return left * own(node) + sum(s * odds(c) for s, c in zip(drawn, tree.children[node], strict=True))
+
     for number, request in enumerate(log):
-        best, best_key = ROOT, (-1.0, -1.0)
-        for node in range(len(ctx.tree)):
-            below = ctx.tree.children[node]
-            full = rule == "exact" and 1 - sum(ctx.tree.prior[c] for c in below) <= 1e-6
-            if number == 0 or ctx.tree.terminal[node] or full or missed.get(node, 0) >= 3:
+        best, best_index = ROOT, -1.0
+        for node in range(len(tree)):
+            left, _ = shares(node)
+            if number == 0 or tree.terminal[node] or left <= 1e-6 or missed.get(node, 0) >= 3:
                 continue
-            key = Queue(ctx, strategy.kappa, 3).index(node)
-            if key > best_key:
-                best, best_key = node, key
+            index = left * own(node) / (1 + odds(node)) / (ctx.max_steps - tree.depth[node])
+            if index > best_index * (1 + 1e-9):
+                best, best_index = node, index
         assert request.prefix.tolist() == ctx.prefix(best).tolist()
         replay_engine.submit(request)
         (reply,) = replay_engine.poll()
-        ctx.tree.raw_value[ROOT] = reply.prefix_value if best == ROOT else ctx.tree.raw_value[ROOT]
+        tree.raw_value[ROOT] = reply.prefix_value if best == ROOT else tree.raw_value[ROOT]
         for made in reply.steps:
             if made.stop is not Stop.LENGTH:
                 _, new = ctx.add(best, made)
@@ -203,8 +240,15 @@ def test_redraw_starts_a_lost_chain_again_until_a_win() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: Index(expand=0), lambda: Index(kappa=0.0), lambda: Redraw(batch=0), lambda: Redraw(base=2.0)]
+    "bad",
+    [
+        lambda: Index(expand=0),
+        lambda: Index(kappa=0.0),
+        lambda: Index(trust=1.0),
+        lambda: Redraw(batch=0),
+        lambda: Redraw(base=2.0),
+    ],
 )
 def test_bad_settings_are_refused(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"must be|needs|base rate"):
+    with pytest.raises(ValueError, match=r"must|needs|base rate"):
         bad()  # type: ignore[operator]
