@@ -181,7 +181,8 @@ class Setting:
 
 def become_program(setting: Setting, parent: int, filter_bytes: bytes) -> None:
     """Never returns: limits, user, capabilities, filter, exec."""
-    limit(resource.RLIMIT_CPU, setting.cpu)
+    # SIGXCPU at the limit tells it from any other kill; who catches that meets SIGKILL a second later
+    resource.setrlimit(resource.RLIMIT_CPU, (setting.cpu, setting.cpu + 1))
     limit(resource.RLIMIT_AS, setting.memory)
     limit(resource.RLIMIT_FSIZE, setting.scratch)
     limit(resource.RLIMIT_NOFILE, OPEN_FILES)
@@ -208,8 +209,9 @@ def become_program(setting: Setting, parent: int, filter_bytes: bytes) -> None:
     program = ctypes.create_string_buffer(struct.pack("@HP", len(filter_bytes) // 8, ctypes.addressof(instructions)))
     os.set_inheritable(0, True)
     call("seccomp filters", prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program)))
+    # not -I, which would ignore the hash seed; there is no environment but this one
     environment = {"HOME": setting.cwd, "TMPDIR": setting.cwd, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
-    os.execve(setting.python, [setting.python, "-I", "-S", "-B", "-X", "utf8", setting.program], environment)
+    os.execve(setting.python, [setting.python, "-P", "-s", "-S", "-B", "-X", "utf8", setting.program], environment)
 
 
 def guarded(control: int, work: Callable[[], None]) -> None:
