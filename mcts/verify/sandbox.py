@@ -114,10 +114,8 @@ class Run:
 class Sandbox:
     """Runs programs under fixed limits. Safe to call from many threads."""
 
-    def __init__(
-        self, limits: Limits | None = None, isolation: str = Isolation.NAMESPACES, python: str | None = None
-    ) -> None:
-        """python: the interpreter; None: the one that runs this process, without its installed packages.
+    def __init__(self, limits: Limits | None = None, isolation: str = Isolation.NAMESPACES) -> None:
+        """The interpreter is the one that runs this process, without its installed packages.
 
         Raises SandboxError where `isolation` is no such word. What the host lacks is found at the first `run`, or by
         `require`."""
@@ -129,7 +127,7 @@ class Sandbox:
         self.limits = limits or Limits()
         if self.isolation is Isolation.RLIMITS_ONLY and self.limits.processes > 1:
             raise SandboxError("sandbox: rlimits_only cannot count processes: set processes to 1, or use namespaces")
-        self._python = os.path.realpath(python or str(getattr(sys, "_base_executable", sys.executable)))
+        self._python = os.path.realpath(str(getattr(sys, "_base_executable", sys.executable)))
         isolated = self.isolation is Isolation.NAMESPACES
         self._filter = filter_program(processes=self.limits.processes > 1, signals=isolated)
         self._binds = _visible(self._python)
