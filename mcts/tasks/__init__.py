@@ -15,6 +15,7 @@ __all__ = ["TASKS", "Example", "Task", "TaskError", "TaskSettingError", "load_ta
 TASKS: dict[str, str] = {
     "countdown": "mcts.tasks.countdown.Countdown",
     "game24": "mcts.tasks.game24.Game24",
+    "program": "mcts.tasks.program.Program",
 }
 """Registered name -> dotted path of the class (or function) that makes the task from its settings."""
 
