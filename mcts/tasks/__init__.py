@@ -10,8 +10,12 @@ from mcts.tasks.base import Example, Task, TaskError, TaskSettingError
 __all__ = ["TASKS", "Example", "Task", "TaskError", "TaskSettingError", "load_task"]
 
 TASKS: dict[str, str] = {
+    "choice": "mcts.tasks.choice.Choice",
     "countdown": "mcts.tasks.countdown.Countdown",
     "game24": "mcts.tasks.game24.Game24",
+    "gsm8k": "mcts.tasks.gsm8k.Gsm8k",
+    "jsonl": "mcts.tasks.jsonl.Jsonl",
+    "math": "mcts.tasks.math.Math",
 }
 """Registered name -> dotted path of the class (or function) that makes the task from its settings."""
 
