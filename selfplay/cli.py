@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -95,7 +96,8 @@ def _drive(run: Any) -> None:
     shown = _shown(run.path)
     console.print(final_table(rows))
     console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
-    for command in (f"inspect {shown} --sample 3", f"solve {shown} '{_example(run.config)}'", f"evaluate {shown}"):
+    solve = f"solve {shown} {shlex.quote(_example(run.config))}"
+    for command in (f"inspect {shown} --sample 3", solve, f"evaluate {shown}"):
         console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -108,7 +110,11 @@ def _example(config: Any) -> str:
     """A held-out problem of the run's task, as `solve` takes it."""
     from mcts.tasks import load_task
 
-    prompt = load_task(config.task.name, **config.task.settings).problems("heldout")[0].prompt
+    task: Any = load_task(config.task.name, **config.task.settings)
+    problem = task.problems("heldout")[0]
+    if hasattr(task, "typed"):  # a task whose prompt is more than what a user types
+        return str(task.typed(problem))
+    prompt = problem.prompt
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 

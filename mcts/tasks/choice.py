@@ -15,7 +15,8 @@ import numpy as np
 
 from mcts.tasks.base import TaskError
 from mcts.tasks.rows import Row
-from mcts.tasks.text import TextTask, Worked
+from mcts.tasks.text import TextTask
+from mcts.tasks.worked import Worked
 from mcts.types import Problem
 
 LETTERS = "ABCDE"
@@ -35,6 +36,7 @@ class Choice(TextTask):
         "max_steps": 24,
         "max_step_tokens": 128,
     }
+    roles: ClassVar[tuple[str, ...]] = (*TextTask.roles, "options")
     CHAT_TEMPLATE = (
         "{question}\n\nOptions:\n{options}\n\nReason step by step, one step per line. "
         'End with the line "The answer is (X)." where X is the letter of the right option.'

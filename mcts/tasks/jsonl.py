@@ -12,8 +12,8 @@ class Jsonl(TextTask):
     """A JSON Lines (or JSON) file with a question and a gold answer in each row; see `TextSettings`.
 
     `fields` says which columns they are, `template` what the policy is shown, `delimiter` where a step ends, `kind`
-    behind which markers the answer stands and `verifier` who judges it. With {options} in it the template has the
-    options of a multiple-choice problem as the file has them, one text.
+    behind which markers the answer stands and `verifier` who judges it. A file with a list of options in each row is
+    for the task `choice`, which takes the same settings.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {

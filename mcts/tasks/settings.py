@@ -57,9 +57,9 @@ class TextSettings:
     """System message (chat), or text before everything else (plain)."""
     template: str = "Question: {question}\nAnswer:\n"
     """The user's message, or the plain prompt. {name} is a role or a column; {{name}} is the text "{name}"."""
-    few_shot: int | tuple[Mapping[str, str], ...] = 0
-    """So many worked training rows before the problem (they leave the training split), or examples with question,
-    solution (optional) and answer."""
+    few_shot: int | tuple[Mapping[str, Any], ...] = 0
+    """So many worked training rows before the problem (they leave the training split), or examples with the columns
+    of a row; an example without a solution shows its answer alone."""
 
     # --- steps ---
     delimiter: str = "\n"
@@ -101,7 +101,10 @@ def text_settings(task: str, defaults: Mapping[str, Any], given: Mapping[str, An
         both["thinking"] = tuple(both["thinking"])
     shots = both.get("few_shot", 0)
     if isinstance(shots, list | tuple):
-        both["few_shot"] = tuple(_texts(task, f"few_shot example {n}", shot) for n, shot in enumerate(shots, start=1))
+        for number, shot in enumerate(shots, start=1):
+            if not isinstance(shot, Mapping):
+                raise TaskSettingError(f"{task}: few_shot example {number} must have the fields of a row, not {shot!r}")
+        both["few_shot"] = tuple(shots)
     made = replace(TextSettings(), **both)
     _check(task, made)
     return made

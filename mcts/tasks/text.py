@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,28 +17,12 @@ from mcts.tasks.prompts import Prompts, Shot
 from mcts.tasks.rows import SPLITS, BadRow, Row, find_files, limited, normal, places, read_rows, split_of
 from mcts.tasks.settings import TextSettings, nearest, text_settings
 from mcts.tasks.steps import after_thinking, split_text
+from mcts.tasks.worked import Worked, apart, drop_repeats, is_number, one_way, worked_examples, wrong_number
 from mcts.types import Problem, Status, Verdict
 from mcts.verify import load_verifier
 from mcts.verify.extract import KINDS, extract
 
 log = logging.getLogger(__name__)
-
-ROLES = ("id", "question", "answer", "solution", "options")
-_NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Worked:
-    """One row as the task sees it."""
-
-    id: str
-    question: str
-    asked: str
-    """The filled template."""
-    answer: str
-    """Gold."""
-    solution: str | None
-    meta: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +44,8 @@ class TextTask:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings in which the task differs from `TextSettings`."""
+    roles: ClassVar[tuple[str, ...]] = ("id", "question", "answer", "solution")
+    """What `fields` may name."""
     joiner = ""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
@@ -72,8 +55,8 @@ class TextTask:
         self.max_steps = self.settings.max_steps
         self.max_step_tokens = self.settings.max_step_tokens
         for role in self.settings.fields:
-            if role not in ROLES:
-                raise TaskSettingError(f"{name}: fields has no role {role!r}{nearest(role, ROLES)}")
+            if role not in self.roles:
+                raise TaskSettingError(f"{name}: fields has no role {role!r}{nearest(role, self.roles)}")
         if "{answer}" not in self.settings.final:
             raise TaskSettingError(f"{name}: final must hold {{answer}}, not {self.settings.final!r}")
         if self.settings.kind not in KINDS:
@@ -82,6 +65,7 @@ class TextTask:
         self._prompts = Prompts(name, self.settings)
         self._verifier = load_verifier(**self.settings.verifier)
         self._data: Data | None = None
+        self._problems: dict[str, tuple[Problem, ...]] = {}
 
     # --- what a kind of problem may say differently ---
 
@@ -105,27 +89,16 @@ class TextTask:
     def canonical(self, answer: str) -> str:
         """One way to write an answer, so that a majority counts 1,000 and 1000.0 together: plain numbers lose
         thousands commas, a plus sign and zeros behind the decimal point. Anything else stays."""
-        answer = answer.strip()
-        if _NUMBER.fullmatch(answer) is None:
-            return answer
-        whole, dot, part = answer.replace(",", "").lstrip("+").partition(".")
-        part = part.rstrip("0")
-        return whole + (dot + part if part else "")
+        return one_way(answer.strip())
 
     def another_answer(self, worked: Worked, random: np.random.Generator) -> str | None:
         """A wrong answer for certain, None where there is none: a number of the problem's own that is not gold, and
         only where gold is a plain number."""
-        if _NUMBER.fullmatch(worked.answer) is None:
-            return None
-        text = f"{worked.question} {worked.solution or ''}"
-        found = {self.canonical(match.group()) for match in _NUMBER.finditer(text)}
-        wrong = sorted(number for number in found if float(number) != float(worked.answer))
-        return wrong[int(random.integers(len(wrong)))] if wrong else f"{float(worked.answer) + 1:.12g}"
+        return wrong_number(worked.answer, f"{worked.question} {worked.solution or ''}", random)
 
     def differ(self, first: str, second: str) -> bool:
-        """Whether two gold answers are certainly not the same: plain numbers of different value."""
-        plain = _NUMBER.fullmatch(first) is not None and _NUMBER.fullmatch(second) is not None
-        return plain and float(first.replace(",", "")) != float(second.replace(",", ""))
+        """Whether two gold answers are certainly not the same: plain numbers well apart."""
+        return is_number(first) and is_number(second) and apart(first, second)
 
     # --- problems ---
 
@@ -136,12 +109,22 @@ class TextTask:
         """In the order of the file. Id: the row's own, or task-file-row. Raises TaskSettingError for an empty split."""
         if split not in SPLITS:
             raise TaskSettingError(f"{self.name} has no split {split!r}: choose one of {', '.join(SPLITS)}")
-        data = self._load()
-        if not data.splits[split]:
-            raise TaskSettingError(
-                f"{self.name}: there is no problem in the split {split!r}: give it a file, or a larger share"
-            )
-        return [self._problem(worked, data.shots) for worked in data.splits[split]]
+        if split not in self._problems:
+            data = self._load()
+            if not data.splits[split]:
+                raise TaskSettingError(
+                    f"{self.name}: there is no problem in the split {split!r}: give it a file, or a larger share"
+                )
+            self._problems[split] = tuple(self._problem(worked, data.shots) for worked in data.splits[split])
+        return self._problems[split]
+
+    def typed(self, problem: Problem) -> str:
+        """What a user would type to have `read` make this prompt. Raises TaskError for a problem of another task."""
+        found = (w.typed for rows in self._load().splits.values() for w in rows if w.id == problem.id)
+        text = next(found, None)
+        if text is None:
+            raise TaskError(f"{self.name} has no problem {problem.id}")
+        return text
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -152,25 +135,21 @@ class TextTask:
         """The question; or a JSON object with the columns, where the template needs more than a question."""
         if not text.strip():
             raise TaskError(f"{self.name}: the problem is empty: type its question")
-        spec = self._role("question")
-        columns: dict[str, Any] = {spec: text}
-        wanted = [name for name in places(self._prompts.template) if name != "question"]
-        if wanted or "options" in self.settings.fields:
+        wanted = self._columns()
+        if wanted:
             try:
                 columns = json.loads(text)
-            except ValueError:
-                columns = {}
-            if not isinstance(columns, dict) or not columns:
+            except (ValueError, RecursionError):
+                columns = None
+            if not isinstance(columns, dict):
                 raise TaskError(
-                    f"{self.name}: write the problem as a JSON object with the fields of a row, "
-                    f'like {{"{spec}": "..."}} and whatever else the template names'
+                    f"{self.name}: write the problem as a JSON object with the fields {', '.join(wanted)} of a row"
                 )
-        row = Row(Path("the problem"), 1, columns)
-        if "{" in spec and not wanted:
-            known: Mapping[str, str] = {"question": text.strip()}
-        else:
+            row = Row(Path("the problem"), 1, columns)
             known = self.known(row)
-        asked = self._prompts.asked(lambda name: known[name] if name in known else row.text(name))
+            asked = self._prompts.asked(lambda name: known[name] if name in known else row.text(name))
+        else:
+            asked = self._prompts.asked(lambda _: text.strip())
         digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return Problem(f"{self.name}-asked-{digest}", self._prompts.render(asked, self._shots()))
 
@@ -181,14 +160,24 @@ class TextTask:
     def _problem(self, worked: Worked, shots: Sequence[Shot]) -> Problem:
         return Problem(worked.id, self._prompts.render(worked.asked, shots), worked.answer, worked.meta)
 
+    def _columns(self) -> list[str]:
+        """The columns that a prompt is made of, where it is made of more than a question; else empty."""
+        names = places(self._prompts.template)
+        if set(names) <= {"question"}:
+            return []
+        specs = [self._role(name) if name in self.roles else name for name in names]
+        columns = [column for spec in specs for column in (places(spec) if "{" in spec else [spec])]
+        return list(dict.fromkeys(columns))
+
     def _role(self, role: str) -> str:
         return self.settings.fields.get(role, role)
 
-    def _worked(self, row: Row, taken: dict[str, Row]) -> Worked:
+    def _worked(self, row: Row, label: str, taken: dict[str, Row]) -> Worked:
+        """The row as the task sees it. `label` stands for its file in the id; `taken`: ids so far, added to."""
         known = self.known(row)
         question = known["question"]
         spec = self.settings.fields.get("id")
-        id = f"{self.name}-{row.file.stem}-{row.number:05d}" if spec is None else row.text(spec).strip()
+        id = f"{self.name}-{label}-{row.number:05d}" if spec is None else row.text(spec).strip()
         if normal(id) == normal(question):
             raise row.refuse("the id is the question itself: name another field as fields.id, or leave it out")
         if id in taken:
@@ -198,6 +187,7 @@ class TextTask:
             id=id,
             question=question,
             asked=self._prompts.asked(lambda name: known[name] if name in known else row.text(name)),
+            typed=json.dumps({c: row.columns[c] for c in columns}) if (columns := self._columns()) else question,
             answer=self.gold(row),
             solution=self.solution(row),
             meta=self.meta(row),
@@ -214,17 +204,19 @@ class TextTask:
 
     def _read(self) -> Data:
         settings, files = self.settings, self._files
-        sources = list(files.by_split.items()) + ([(None, files.single)] if files.single is not None else [])
+        sources: list[tuple[str | None, Path]] = [*files.by_split.items()]
+        sources += [] if files.single is None else [(None, files.single)]
+        stems = [path.stem for _, path in sources]
         splits: dict[str, list[Worked]] = {split: [] for split in SPLITS}
         taken: dict[str, Row] = {}
         bad: list[BadRow] = []
         for split, path in sources:
-            assert path is not None
+            label = path.stem if stems.count(path.stem) == 1 else split or "all"
             for row in read_rows(self.name, path):
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    worked = self._worked(row, taken)
+                    worked = self._worked(row, label, taken)
                     splits[split_of(row, worked.question, split, files, settings)].append(worked)
                 except BadRow as refusal:
                     if settings.bad_rows == "error":
@@ -233,7 +225,7 @@ class TextTask:
         notes = []
         if bad:
             notes.append(f"{len(bad)} rows left out that cannot be used, the first: {bad[0]}")
-        notes += _without_repeats(splits)
+        notes += drop_repeats(splits)
         shots, used = self._pick_shots(splits)
         splits["train"] = [w for w in splits["train"] if normal(w.question) not in used]
         kept = {}
@@ -263,7 +255,7 @@ class TextTask:
         return shots, {normal(rows[k].question) for k in picks}
 
     def _given_shots(
-        self, given: Sequence[Mapping[str, str]], splits: Mapping[str, Sequence[Worked]]
+        self, given: Sequence[Mapping[str, Any]], splits: Mapping[str, Sequence[Worked]]
     ) -> tuple[tuple[Shot, ...], set[str]]:
         shots = []
         asked = {normal(w.question): split for split in ("dev", "heldout") for w in splits[split]}
@@ -271,7 +263,7 @@ class TextTask:
         for number, columns in enumerate(given, start=1):
             row = Row(Path("few_shot"), number, columns)
             try:
-                worked = self._worked(row, {})
+                worked = self._worked(row, "few_shot", {})
             except BadRow as refusal:
                 raise TaskSettingError(f"{self.name}: {refusal}") from refusal
             split = asked.get(normal(worked.question))
@@ -279,7 +271,7 @@ class TextTask:
                 raise TaskSettingError(
                     f"{self.name}: few_shot example {number} gives away a problem of {split}: change it"
                 )
-            steps = self.worked_steps(worked) or [self._final(worked.answer)]
+            steps = self.worked_steps(worked) or [self.final(worked.answer)]
             shots.append(Shot(worked.asked, "".join(steps)))
             used.add(normal(worked.question))
         return tuple(shots), used
@@ -288,7 +280,8 @@ class TextTask:
         """The prompt's examples; reads the files only where they come from there."""
         return self._load().shots if self.settings.few_shot else ()
 
-    def _final(self, answer: str) -> str:
+    def final(self, answer: str) -> str:
+        """The last step of a worked solution."""
         return self.settings.final.replace("{answer}", answer)
 
     def worked_steps(self, worked: Worked) -> list[str]:
@@ -299,7 +292,7 @@ class TextTask:
         said = self.answer_in(worked.solution)
         steps = self.split_steps(worked.solution)
         if said != worked.answer:
-            steps = self.split_steps(worked.solution + self.delimiter + self._final(worked.answer))
+            steps = self.split_steps(worked.solution + self.delimiter + self.final(worked.answer))
         return steps if len(steps) <= self.max_steps else []
 
     def warmup(self, seed: int) -> Iterator[Example]:
@@ -318,28 +311,7 @@ class TextTask:
                 f"{self.name}: no training row has a worked solution of at most {self.max_steps} steps: set "
                 "warmup.steps: 0 and learn.replay: 0 and give a model that can already answer, or name fields.solution"
             )
-        return self._examples(rows, data.shots, seed)
-
-    def _examples(
-        self, rows: Sequence[tuple[Worked, list[str]]], shots: Sequence[Shot], seed: int
-    ) -> Iterator[Example]:
-        for epoch in count():
-            random = np.random.default_rng([seed, epoch])
-            for at in random.permutation(len(rows)).tolist():
-                worked, steps = rows[at]
-                problem = self._problem(worked, shots)
-                yield Example(problem, tuple(steps), (math.nan, *[1.0] * len(steps)))
-                for _ in range(self.settings.negatives):
-                    other = rows[int(random.integers(len(rows)))][0]
-                    wrong = self.another_answer(worked, random)
-                    if random.random() < 0.5:
-                        if wrong is not None and steps[-1] == self._final(worked.answer):
-                            lost = (*steps[:-1], self._final(wrong))
-                            labels = (*[math.nan] * len(steps), 0.0)
-                            yield Example(problem, lost, labels, imitate=False)
-                    elif self.differ(worked.answer, other.answer):
-                        labels = (math.nan, *[0.0] * len(steps))
-                        yield Example(self._problem(other, shots), tuple(steps), labels, imitate=False)
+        return worked_examples(self, rows, lambda worked: self._problem(worked, data.shots), seed)
 
     # --- judging ---
 
@@ -367,18 +339,3 @@ class TextTask:
         if problem.reference is None:
             return Verdict(Status.ERROR, 0.0, answer, "the problem has no gold answer to compare with")
         return self._verifier.verify(problem.reference, answer)
-
-
-def _without_repeats(splits: dict[str, list[Worked]]) -> list[str]:
-    """Drop from a split the questions that a more precious one holds too (held-out before dev before train); what was
-    dropped, one sentence each."""
-    notes = []
-    seen: set[str] = set()
-    for split in ("heldout", "dev", "train"):
-        rows = splits[split]
-        splits[split] = [w for w in rows if normal(w.question) not in seen]
-        dropped = len(rows) - len(splits[split])
-        if dropped:
-            notes.append(f"{dropped} problems left out of {split}: their questions are in another split too")
-        seen |= {normal(w.question) for w in rows}
-    return notes

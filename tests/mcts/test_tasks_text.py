@@ -155,7 +155,7 @@ def test_a_split_is_cut_to_the_same_problems_whatever_the_rest(tmp_path: Path) -
     full = load("gsm8k", path=folder).problems("heldout")
     cut = load("gsm8k", path=folder, heldout_problems=7, train_problems=3).problems("heldout")
     assert len(cut) == 7
-    assert [p for p in full if p in cut] == cut
+    assert [p for p in full if p in cut] == list(cut)
     lowest = sorted(full, key=lambda p: fraction(str(p.prompt).split("Question: ")[1].split("\nAnswer")[0]))[:7]
     assert {p.id for p in lowest} == {p.id for p in cut}
 
@@ -354,6 +354,31 @@ def test_a_template_with_more_than_a_question_is_asked_for_as_json(tmp_path: Pat
     assert task.read('{"question": "Two and two?", "hint": "count"}').prompt == "count: Two and two?\n"
     with pytest.raises(TaskError, match="JSON object"):
         task.read("Two and two?")
+
+
+@pytest.mark.parametrize("settings", [{}, {"template": "{hint}: {question}\n"}, {"fields": {"question": "{hint} {q}"}}])
+def test_what_a_user_would_type_gives_the_same_prompt(tmp_path: Path, settings: dict[str, Any]) -> None:
+    rows = [{**row, "q": row["question"], "hint": "Count."} for row in sums(30)]
+    task = load(
+        "jsonl",
+        path=write(tmp_path / "mine.jsonl", rows),
+        few_shot=1,
+        fields={"solution": "hint"} | settings.pop("fields", {}),
+        **settings,
+    )
+    for problem in task.problems("train"):
+        assert task.read(task.typed(problem)).prompt == problem.prompt
+    with pytest.raises(TaskError, match="has no problem elsewhere"):
+        task.typed(Problem("elsewhere", "x"))
+
+
+def test_files_of_one_name_are_told_apart_by_their_split(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    train = write(tmp_path / "a" / "data.jsonl", sums(5))
+    task = load("jsonl", train=train, heldout=write(tmp_path / "b" / "data.jsonl", sums(5, start=50)), dev_share=0.0)
+    assert task.problems("train")[0].id == "jsonl-train-00001"
+    assert task.problems("heldout")[4].id == "jsonl-heldout-00005"
 
 
 def test_a_question_is_asked_in_one_way(tmp_path: Path) -> None:
