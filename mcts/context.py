@@ -15,7 +15,7 @@ from mcts.policy import PriorRule, Proposals, set_targets
 from mcts.rng import generator
 from mcts.tasks.base import Task
 from mcts.tree import ROOT, Tree
-from mcts.types import Int32, Kind, Problem, SearchError, Status, Step, Stop, Verdict
+from mcts.types import Drawn, Int32, Kind, Problem, SearchError, Status, Step, Stop, Verdict
 from mcts.value import HeadValue, ValueSource
 from mcts.waves import Outcome, Replies, Wave
 
@@ -113,6 +113,11 @@ class SearchContext:
         else:
             self.usage.discarded += len(step.token_ids)
         return node, new
+
+    def drawn(self, node: int) -> tuple[Drawn, ...]:
+        """The steps that a request for a new one below `node` excludes; none under the prior rule `draws`, which
+        counts repetitions."""
+        return self._proposals.drawn(node)
 
     def add_rollout(self, parent: int, step: Step) -> int:
         """A node of kind `rollout` for `step`, never merged with another; closed like any other."""

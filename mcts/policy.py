@@ -7,10 +7,9 @@ from enum import StrEnum
 
 from mcts.selection import improved_policy, mixed_value
 from mcts.tree import Tree
-from mcts.types import Kind, Step
+from mcts.types import MIN_UNSEEN, Drawn, Kind, Step
 
-MIN_UNSEEN = 1e-6
-"""Prior mass of steps not yet drawn below which nothing worth drawing is left (float32 noise of a sum)."""
+__all__ = ["MIN_UNSEEN", "PriorRule", "Proposals", "drawn_step", "set_targets", "step_probability", "unseen_mass"]
 
 
 class PriorRule(StrEnum):
@@ -23,6 +22,16 @@ class PriorRule(StrEnum):
 def step_probability(step: Step) -> float:
     """Probability of the step's tokens under the policy at temperature 1."""
     return math.exp(min(0.0, sum(step.logprobs.tolist())))
+
+
+def drawn_step(step: Step) -> Drawn:
+    """The step as a request excludes it."""
+    rest: list[float] = []
+    total = 0.0
+    for logprob in reversed(step.logprobs.tolist()):
+        total += logprob
+        rest.append(math.exp(min(0.0, total)))
+    return Drawn(tuple(step.token_ids.tolist()), tuple(reversed(rest)))
 
 
 def unseen_mass(tree: Tree, node: int) -> float:
@@ -49,6 +58,11 @@ class Proposals:
         self._by_tokens: dict[tuple[int, bytes], int] = {}
         self._by_text: dict[tuple[int, str, str], int] = {}
         self._draws: dict[int, int] = {}
+        self._drawn: dict[int, list[Drawn]] = {}
+
+    def drawn(self, parent: int) -> tuple[Drawn, ...]:
+        """Under the exact rule: every token sequence drawn below `parent` so far, in order of its first draw."""
+        return tuple(self._drawn.get(parent, ()))
 
     def add(self, parent: int, step: Step) -> tuple[int, bool]:
         """The node of `step` below `parent`, and whether it is new."""
@@ -66,6 +80,8 @@ class Proposals:
             elif self.rule is PriorRule.EXACT:
                 tree.prior[node] = min(1.0, tree.prior[node] + probability)
             self._by_tokens[tokens_key] = node
+            if self.rule is PriorRule.EXACT:
+                self._drawn.setdefault(parent, []).append(drawn_step(step))
         if not new:
             tree.draws[node] += 1
         if self.rule is PriorRule.DRAWS:

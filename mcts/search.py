@@ -210,6 +210,8 @@ class Driver:
             granted = ctx.budget.grant(end - start, n, asked)
             for slot in range(start, start + granted.leaves):
                 wish = wave[slot]
+                temperature = search.temperature if wish.temperature is None else wish.temperature
+                new = wish.new and self.engine.excludes and temperature == 1.0 and search.top_p == 1.0
                 request = Request(
                     id=next(_ids),
                     search=live.id,
@@ -217,8 +219,9 @@ class Driver:
                     n=granted.n,
                     max_tokens=granted.max_tokens,
                     seed=hash64(search.seed, live.ordinal),
-                    temperature=search.temperature if wish.temperature is None else wish.temperature,
+                    temperature=temperature,
                     top_p=search.top_p,
+                    exclude=ctx.drawn(wish.node) if new else (),
                 )
                 live.ordinal += 1
                 cut = granted.max_tokens < asked

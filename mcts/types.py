@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,10 @@ class Kind(StrEnum):
     THOUGHT = "thought"
 
 
+MIN_UNSEEN = 1e-6
+"""Probability of steps not yet drawn below which nothing worth drawing is left (float32 noise of a sum)."""
+
+
 class SettingError(ValueError):
     """Something that a user named or set and that cannot be; the message is one sentence that says what to do."""
 
@@ -112,6 +116,14 @@ class Verdict:
         return self.status is Status.CORRECT
 
 
+class Drawn(NamedTuple):
+    """A step that was drawn after a prefix, as a request to draw another one needs it."""
+
+    token_ids: tuple[int, ...]  # [T]
+    rest: tuple[float, ...]
+    """[T] `rest[t]`: probability of tokens t to T - 1 given those before them, under the policy at temperature 1."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """Ask an engine for `n` next steps after `prefix`. Requests of one search share keys and values along
@@ -130,6 +142,10 @@ class Request:
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
+    exclude: tuple[Drawn, ...] = ()
+    """Steps not to be drawn again: every sample comes from the policy conditioned on being none of them (sampling
+    without replacement). Needs temperature 1 and top_p 1, and an engine that `excludes`. Where they leave less than
+    MIN_UNSEEN of the probability, samples are drawn as if nothing was excluded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,9 @@ class Expand:
     """None: the search's own."""
     max_tokens: int | None = None
     """None: the search's longest step."""
+    new: bool = False
+    """Draw steps that were not drawn below `node` before, as far as the search and its engine can: under the prior
+    rule `exact`, at temperature 1 and top_p 1. Elsewhere the wish is a plain one, and steps may repeat."""
 
 
 @dataclass(frozen=True, slots=True)

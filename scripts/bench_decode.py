@@ -13,7 +13,7 @@ from bench_rows import Row
 from bench_subject import Subject
 from transformers import DynamicCache, StaticCache
 
-from mcts.engines.model import Policy
+from mcts.engines.model import Policy, cache_name
 from mcts.engines.torch_engine import TorchEngine
 from mcts.types import Int32, Request, Stop
 
@@ -79,7 +79,7 @@ def bare(policy: Policy, prompts: torch.Tensor, tokens: int, *, static: bool) ->
     else:
         cache, ids, repeat = DynamicCache(), prompts, WIDTH
     for token in range(tokens):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache}).logits[:, -1]
         if token == 0 and repeat > 1:
             cache.batch_repeat_interleave(repeat)
             logits = logits.repeat_interleave(repeat, 0)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from mcts.engines import torch_probe
 from mcts.engines.counters import Counters
-from mcts.engines.model import Policy, load_policy
+from mcts.engines.model import Policy, cache_name, load_policy
 from mcts.engines.sampling import draw
 from mcts.engines.torch_engine import TorchEngine
 from mcts.engines.torch_forward import Forward
@@ -63,7 +63,9 @@ def bare_loop(policy: Policy, rows: int, prompt: int, tokens: int, rounds: int) 
         cache = DynamicCache()
         for _ in range(tokens):
             entered = CLOCK()
-            logits = policy.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = policy.model(ids, use_cache=True, logits_to_keep=1, **{cache_name(policy.model): cache}).logits[
+                :, -1
+            ]
             inside += CLOCK() - entered
             cdf = torch.softmax(logits, -1).cumsum(-1)
             x = torch.rand((rows, 1), generator=generator) * cdf[:, -1:]

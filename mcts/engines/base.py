@@ -22,6 +22,8 @@ class Engine(Protocol):
     name: str
     version: int
     """Version of the weights now loaded."""
+    excludes: bool
+    """Whether requests may exclude steps."""
 
     def encode(self, prompt: str | Sequence[Message]) -> Int32:
         """Token ids of a prompt as it will be sent, int32 [P], P >= 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ class Policy:
         """Logits [..., V] of final hidden states [..., d]."""
         out: Tensor = self.model.get_output_embeddings()(hidden)
         return out
+
+
+def cache_name(model: Any) -> str:
+    """What a transformers model calls its cache of keys and values, as an argument and in its output: `cache` since
+    5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
 def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | None]:

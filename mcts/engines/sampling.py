@@ -26,6 +26,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _BELOW_ONE = 1.0 - 2.0**-52
+_NOISE = 1e-7
+"""What rounding in float32 can leave of a probability from which all of it was taken away."""
 
 
 def _link(state: UInt64, word: UInt64) -> UInt64:
@@ -50,6 +52,15 @@ def uniforms(keys: UInt64, counters: Int64) -> Float64:
     """Number `counters[i]` of stream `keys[i]`, in [0, 1) with 52 random bits, float64 [k]."""
     words = _link(keys, counters.astype(np.uint64)) >> np.uint64(12)
     return words.astype(np.float64) * 2.0**-52
+
+
+class Removed(NamedTuple):
+    """Probability to be taken away before drawing: `mass[i]` from token `tokens[i]` of row `rows[i]`. A pair of row
+    and token is there at most once."""
+
+    rows: list[int]
+    tokens: list[int]
+    mass: list[float]
 
 
 class Draws(NamedTuple):
@@ -95,8 +106,23 @@ def nucleus(probabilities: Tensor, top_p: Tensor) -> Tensor:
     return torch.where(torch.zeros_like(kept).scatter_(1, order, kept), probabilities, 0.0)
 
 
-def draw(logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32) -> Draws:
+def left_over(probabilities: Tensor, removed: Removed) -> Tensor:
+    """`probabilities` float32 [k, V] without what is removed, not normalised; a new tensor. What rounding leaves of a
+    token that is all removed counts as nothing. A row of which nothing is left comes back whole."""
+    rows, tokens = (torch.tensor(index, device=probabilities.device) for index in (removed.rows, removed.tokens))
+    mass = torch.tensor(removed.mass, dtype=torch.float32, device=probabilities.device)
+    rest = probabilities[rows, tokens] - mass
+    weights = probabilities.clone()
+    weights[rows, tokens] = torch.where(rest < _NOISE, torch.zeros_like(rest), rest)
+    gone = weights.amax(-1) <= 0.0
+    return torch.where(gone[:, None], probabilities, weights) if bool(gone.any()) else weights
+
+
+def draw(
+    logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32, removed: Removed | None = None
+) -> Draws:
     """One token per row of `logits` float32 [k, V]; `uniform`, `temperature` (0: greedy) and `top_p` are [k].
+    `removed` names rows of temperature 1 and top_p 1 only.
 
     k should be a multiple of 32: the last few elements of other sizes go through other kernels on a CPU, whose last
     bit may differ. Non-finite logits give a non-finite log-probability, which the caller must look at.
@@ -110,6 +136,8 @@ def draw(logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32)
     if not plain:
         inverse = np.divide(1.0, temperature, out=np.ones_like(temperature), where=temperature > 0)
         weights = torch.softmax(logits * torch.from_numpy(inverse).to(device)[:, None], -1)
+    if removed is not None:
+        weights = left_over(weights, removed)
     truncated = bool((top_p < 1.0).any())
     if truncated:
         weights = nucleus(weights, torch.from_numpy(top_p).to(device))
@@ -119,7 +147,7 @@ def draw(logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32)
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - norm
     behavior = logprobs
-    if not plain or truncated:
+    if not plain or truncated or removed is not None:
         behavior = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
         if greedy is not None:
             behavior = behavior.masked_fill(greedy, 0.0)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mcts.engines.base import EngineFull
 from mcts.rng import hash64, uniform
-from mcts.types import Float32, Int32, Message, Reply, Request, Step, Stop
+from mcts.types import MIN_UNSEEN, Drawn, Float32, Int32, Message, Reply, Request, Step, Stop
 
 EOS = 0
 EOS_WORD = "<eos>"
@@ -81,6 +81,7 @@ class ScriptedEngine:
         fail: Callable[[Request], str | None] | None = None,
     ) -> None:
         self.version = 0
+        self.excludes = True
         self.script = script
         self.head = values if values is not None else (lambda prompt, steps: math.nan)  # noqa: ARG005
         self.capacity = capacity
@@ -158,6 +159,10 @@ class ScriptedEngine:
         weights, behavior = state.probabilities, None
         if (request.temperature, request.top_p) != (1.0, 1.0):
             weights, behavior = self._temper(state, request.temperature, request.top_p)
+        if request.exclude:
+            if behavior is not None:
+                raise ValueError("steps are excluded at temperature 1 and top_p 1 only")
+            weights, behavior = self._without(state, request.exclude)
         bounds = list(accumulate(weights))
         steps = []
         for sample in range(request.n):
@@ -220,6 +225,18 @@ class ScriptedEngine:
             for text, ids, logprobs in zip(given, tokens, _chain_rule(tokens, probabilities), strict=True)
         ]
         return _State(tuple(steps), options, probabilities, self.head(opened.prompt, tuple(steps)))
+
+    @staticmethod
+    def _without(state: _State, exclude: Sequence[Drawn]) -> tuple[list[float], list[Float32] | None]:
+        """Probabilities and behaviour log-probabilities of the options that are not excluded."""
+        gone = {drawn.token_ids for drawn in exclude}
+        pairs = zip(state.options, state.probabilities, strict=True)
+        left = [0.0 if tuple(option.token_ids.tolist()) in gone else p for option, p in pairs]
+        total = sum(left)
+        if total < MIN_UNSEEN:
+            return state.probabilities, None
+        weights = [p / total for p in left]
+        return weights, _chain_rule([option.token_ids.tolist() for option in state.options], weights)
 
     def _temper(self, state: _State, temperature: float, top_p: float) -> tuple[list[float], list[Float32]]:
         """Probabilities and behaviour log-probabilities of the options as they are sampled."""

@@ -17,7 +17,7 @@ from mcts.engines import torch_probe
 from mcts.engines.counters import Counters
 from mcts.engines.kv import Prefix, SlotPool
 from mcts.engines.model import Policy
-from mcts.engines.sampling import Draws, draw, stream_keys, uniforms
+from mcts.engines.sampling import Draws, Removed, draw, stream_keys, uniforms
 from mcts.engines.text import Codec
 from mcts.engines.torch_forward import Forward
 from mcts.engines.torch_rows import (
@@ -32,8 +32,9 @@ from mcts.engines.torch_rows import (
     Rows,
     Search,
     ranges,
+    take_away,
 )
-from mcts.types import Float32, Int32, Step
+from mcts.types import Drawn, Float32, Int32, Step
 
 CHUNK = 64
 """Tokens of a prefill chunk."""
@@ -149,7 +150,8 @@ class Batch:
         for at in range(0, len(owner), self._rows.count):  # bounds the memory that large n takes
             part = slice(at, at + self._rows.count)
             chosen = logits.index_select(0, torch.from_numpy(owner[part]).to(logits.device))
-            parts.append(draw(chosen, number[part], temperature[part], top_p[part]))
+            removed = self._removed([batch[i].request.exclude for i in owner[at : min(at + self._rows.count, count)]])
+            parts.append(draw(chosen, number[part], temperature[part], top_p[part], removed))
         draws = Draws(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
@@ -171,6 +173,15 @@ class Batch:
                         code = LENGTH
                     self._ready.append((active, i, code))
             lo += n
+
+    @staticmethod
+    def _removed(exclude: Sequence[tuple[Drawn, ...]]) -> Removed | None:
+        """What the excluded steps of each row take away from its first token."""
+        found = Removed([], [], [])
+        for row, steps in enumerate(exclude):
+            if steps:
+                take_away(found, row, steps, 0)
+        return found if found.rows else None
 
     @staticmethod
     def _hidden_of(active: Active) -> Float32:
@@ -291,13 +302,14 @@ class Batch:
         """Draw the next token of the rows `drawing` from logits [k, V]; the rows that drew EOS."""
         rows = self._rows
         number = uniforms(rows.keys[:k], rows.pos[:k] - rows.base[:k])
-        draws = draw(logits, number, rows.temperature[:k], rows.top_p[:k])
+        draws = draw(logits, number, rows.temperature[:k], rows.top_p[:k], rows.removed(drawing))
         tokens, logprobs, at = draws.tokens[drawing], draws.logprobs[drawing], rows.pos[drawing]
         self._check_finite(logprobs)
         self.counters.drawn += len(drawing)
         rows.token[drawing] = rows.tokens[drawing, at] = tokens
         rows.logprobs[drawing, at] = logprobs
         rows.behavior[drawing, at] = draws.behavior[drawing]
+        rows.drew(drawing, tokens)
         codes = self.codec.codes(tokens)
         if self.codec.long:
             codes = self.codec.long_codes(codes, rows.tokens, drawing, at, rows.base[drawing])
@@ -374,7 +386,8 @@ class Batch:
         value: float,
     ) -> None:
         request = active.request
-        kept = None if request.temperature == 1.0 and request.top_p == 1.0 else behavior.copy()
+        plain = request.temperature == 1.0 and request.top_p == 1.0 and not request.exclude
+        kept = None if plain else behavior.copy()
         active.steps[i] = Step(self.codec.decode(tokens), tokens, logprobs, STOPS[stop], value, kept)
         active.left -= 1
         if not active.left:

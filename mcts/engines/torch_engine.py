@@ -43,6 +43,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    excludes = True
 
     def __init__(
         self,
@@ -158,6 +159,8 @@ class TorchEngine:
             raise ValueError("a request needs n >= 1 and max_tokens >= 1")
         if not (request.temperature >= 0.0 and 0.0 < request.top_p <= 1.0):
             raise ValueError("a request needs temperature >= 0 and 0 < top_p <= 1")
+        if request.exclude and (request.temperature != 1.0 or request.top_p != 1.0):
+            raise ValueError("a request excludes steps at temperature 1 and top_p 1 only")
         prefix, cache = request.prefix, search.cache
         if prefix.dtype != np.int32:
             raise ValueError(f"request {request.id}: the prefix must be int32, not {prefix.dtype}")

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mcts.engines.model import Policy
+from mcts.engines.model import Policy, cache_name
 
 ATTENTION = "mcts_rows"
 Index = npt.NDArray[np.int64]
@@ -153,6 +153,7 @@ class Forward:
         self._roomy = 0
         self.arena = like.detach().new_empty((slots, layers * 2 * heads, size))
         self._config = policy.model.config
+        self._cache_name = cache_name(policy.model)
         self._plain = self._config._attn_implementation
 
     def padded(self, length: int) -> int:
@@ -183,8 +184,8 @@ class Forward:
             tokens,
             attention_mask=self.cache.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self._cache_name: self.cache},
         )
 
     def decode(self, tokens: Index, positions: Index) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from mcts.engines.model import Policy
+from mcts.engines.model import Policy, cache_name
 from mcts.engines.torch_forward import ATTENTION, Forward
 
 _TOKENS = 12
@@ -36,7 +36,7 @@ def examine(policy: Policy, context: int) -> tuple[tuple[int, int, int], Tensor]
     if model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no output embeddings: {_WHY}")
     out = model(_example(policy, context), use_cache=True)
-    cache = out.past_key_values
+    cache = getattr(out, cache_name(policy.model))
     if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise ValueError(f"{name} has sliding-window or recurrent layers: {_WHY}")
     window = getattr(model.config, "sliding_window", None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from mcts.engines.kv import Prefix, PrefixCache
-from mcts.engines.sampling import Draws, UInt64
-from mcts.types import Float32, Int32, Request, Step, Stop
+from mcts.engines.sampling import Draws, Removed, UInt64
+from mcts.types import MIN_UNSEEN, Drawn, Float32, Int32, Request, Step, Stop
 
 RUNNING, DELIMITER, LENGTH, EOS, FED = range(5)
 """Why the token that a row forwards next is its last (EOS is never forwarded; FED: a prefix was recomputed)."""
@@ -74,6 +75,8 @@ class Rows:
     def __init__(self, count: int) -> None:
         self.count = count
         self.jobs: list[Active | Feed | None] = [None] * count
+        self.excluded: dict[int, list[Drawn]] = {}
+        """Per row that has any: the excluded steps that begin with the tokens it drew."""
         self.occupied: Bool = np.zeros(count, dtype=bool)
         self.live: Bool = np.zeros(count, dtype=bool)
         self.chunk: Int64 = np.full(count, -1)  # next prompt position to prefill in chunks; -1: none
@@ -105,6 +108,7 @@ class Rows:
         """Forget the jobs of `rows` [m]; plain sampling settings keep the fast path open."""
         for row in rows.tolist():
             self.jobs[row] = None
+            self.excluded.pop(row, None)
         self.occupied[rows] = False
         self.live[rows] = False
         self.chunk[rows] = -1
@@ -117,6 +121,8 @@ class Rows:
     def move(self, source: int, target: int) -> None:
         """Move a job to a free row."""
         self.jobs[target] = self.jobs[source]
+        if source in self.excluded:
+            self.excluded[target] = self.excluded[source]
         for vector in self._vectors:
             vector[target] = vector[source]
         for table in (self.tokens, self.logprobs, self.behavior):
@@ -142,6 +148,35 @@ class Rows:
         self.keys[row] = active.keys[i]
         self.temperature[row] = request.temperature
         self.top_p[row] = request.top_p
+        if request.exclude:
+            self._exclude(row, request.exclude, 0, int(first.tokens[i]))
+
+    def _exclude(self, row: int, steps: Iterable[Drawn], at: int, token: int) -> None:
+        """Keep of the excluded steps those that have `token` at place `at` and go on after it."""
+        kept = [d for d in steps if d.token_ids[at] == token and len(d.token_ids) > at + 1]
+        if kept:
+            self.excluded[row] = kept
+        else:
+            self.excluded.pop(row, None)
+
+    def drew(self, rows: Int64, tokens: Int64) -> None:
+        """Note the tokens drawn by `rows` at their positions `pos`, for those that have excluded steps."""
+        if self.excluded:
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                steps = self.excluded.get(row)
+                if steps is not None:
+                    self._exclude(row, steps, int(self.pos[row] - self.base[row]), token)
+
+    def removed(self, rows: Int64) -> Removed | None:
+        """What the excluded steps take away from the next token of `rows`, which is at their positions `pos`."""
+        if not self.excluded:
+            return None
+        found = Removed([], [], [])
+        for row in rows.tolist():
+            steps = self.excluded.get(row)
+            if steps is not None:
+                take_away(found, row, steps, int(self.pos[row] - self.base[row]))
+        return found if found.rows else None
 
     def seat_feed(self, row: int, feed: Feed, chunked: int) -> None:
         """Give a row a prefix to recompute; its first `chunked` tokens come by prefill."""
@@ -157,6 +192,18 @@ class Rows:
         self.known[row] = length
         self.limit[row] = length
         self.stop[row] = FED if start + 1 == length else RUNNING
+
+
+def take_away(removed: Removed, row: int, steps: Iterable[Drawn], at: int) -> None:
+    """Add to `removed` what `steps` have of row `row`'s distribution of token `at`; nothing where they have it all."""
+    mass: dict[int, float] = {}
+    for step in steps:
+        token = step.token_ids[at]
+        mass[token] = mass.get(token, 0.0) + step.rest[at]
+    if 1.0 - sum(mass.values()) >= MIN_UNSEEN:
+        removed.rows.extend([row] * len(mass))
+        removed.tokens.extend(mass)
+        removed.mass.extend(mass.values())
 
 
 def ranges(rows: Int64, starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:

@@ -54,7 +54,7 @@ class Index:
             yield from ctx.evaluate([ROOT])
         nodes = [ROOT]
         while nodes and not ctx.spent:
-            replies = yield [Expand(node, self.expand) for node in nodes]
+            replies = yield [Expand(node, self.expand, new=True) for node in nodes]
             fresh: list[int] = []
             for node, reply in zip(nodes, replies, strict=True):
                 if reply is None:

@@ -109,7 +109,7 @@ class TreeSearch:
 
     def wish(self, node: int) -> Expand:
         """What to draw at a node where a simulation ended."""
-        return Expand(node, self.widening.widen if self.arms.get(node) else self.widening.expand)
+        return Expand(node, self.widening.widen if self.arms.get(node) else self.widening.expand, new=True)
 
     def simulate(self, course: Course, simulations: float) -> Generator[Wave, Replies, None]:
         """Run `simulations` simulations of a course, up to `leaves` at a time; fewer when the budget is spent

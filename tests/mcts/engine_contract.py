@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from mcts.engines.base import Engine, EngineFull
-from mcts.types import Int32, Reply, Request, Step, Stop
+from mcts.policy import drawn_step
+from mcts.types import Drawn, Int32, Reply, Request, Step, Stop
 
 
 def drain(engine: Engine, count: int, polls: int = 2000) -> dict[int, Reply]:
@@ -112,6 +113,42 @@ class EngineContract:
             assert step.behavior_logprobs is not None
             assert (step.behavior_logprobs == 0.0).all()
             assert (step.logprobs < 0.0).all()
+        engine.close(1)
+
+    def test_excluded_steps_are_not_drawn_again_and_the_others_keep_their_odds(
+        self, engine: Engine, prompt: str
+    ) -> None:
+        if not engine.excludes:
+            pytest.skip("this engine cannot exclude steps")
+        ids = engine.encode(prompt)
+        assert engine.open(1, ids, 1000)
+        drawn: dict[bytes, Step] = {}
+        for i in range(12):
+            gone = sum(math.exp(step.logprobs.sum()) for step in drawn.values())
+            if 1.0 - gone < 1e-3:
+                break
+            exclude = tuple(drawn_step(step) for step in drawn.values())
+            engine.submit(Request(i, 1, ids, 2, 6, seed=i, exclude=exclude))
+            for step in drain(engine, 1)[i].steps:
+                assert step.token_ids.tobytes() not in drawn
+                if exclude:  # P(step | none of the excluded) = P(step) / (1 - P(excluded))
+                    assert step.behavior_logprobs is not None
+                    expected = step.logprobs.sum() - math.log(1.0 - gone)
+                    assert step.behavior_logprobs.sum() == pytest.approx(expected, abs=2e-3)
+            drawn[step.token_ids.tobytes()] = step
+        assert len(drawn) > 2
+        engine.close(1)
+
+    def test_where_nothing_else_is_left_excluded_steps_are_drawn(self, engine: Engine, prompt: str) -> None:
+        if not engine.excludes:
+            pytest.skip("this engine cannot exclude steps")
+        ids = engine.encode(prompt)
+        assert engine.open(1, ids, 100)
+        engine.submit(Request(0, 1, ids, 1, 6, seed=0))
+        plain = drain(engine, 1)[0].steps[0]
+        certain = Drawn(tuple(plain.token_ids.tolist()), (1.0,) * len(plain.token_ids))
+        engine.submit(Request(1, 1, ids, 1, 6, seed=0, exclude=(certain,)))
+        assert drain(engine, 1)[1].steps[0].token_ids.tolist() == plain.token_ids.tolist()
         engine.close(1)
 
     def test_a_search_that_can_never_fit_is_refused_at_once(self, engine: Engine, prompt: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcts import rng
-from mcts.engines.sampling import draw, inverse_cdf, stream_keys, uniforms
+from mcts.engines.sampling import Removed, draw, inverse_cdf, left_over, stream_keys, uniforms
 
 ONE = np.ones(32, dtype=np.float32)
 
@@ -95,3 +95,17 @@ def test_a_tiny_nucleus_keeps_the_likeliest_token() -> None:
     draws = draw(logits, np.random.default_rng(1).random(32), ONE, np.full(32, 1e-6, dtype=np.float32))
     assert draws.tokens.tolist() == logits.argmax(-1).tolist()
     np.testing.assert_allclose(draws.behavior, 0.0, atol=1e-6)
+
+
+def test_what_is_removed_is_not_drawn_and_the_rest_keeps_its_odds() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    rest = left_over(probabilities, Removed([0, 0, 2, 2, 2], [0, 1, 0, 1, 2], [0.5, 0.1, 0.5, 0.3, 0.2]))
+    expected = torch.tensor([[0.0, 0.2, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])  # the last: nothing would be left
+    torch.testing.assert_close(rest, expected)
+    logits = torch.log(probabilities[:1]).expand(32, 3).contiguous()
+    u = (np.arange(32) + 0.5) / 32
+    draws = draw(logits, u, ONE, ONE, Removed(list(range(32)), [0] * 32, [0.5] * 32))
+    assert set(draws.tokens.tolist()) == {1, 2}
+    assert (draws.tokens == 1).sum() == 19  # of 32 equally spaced numbers those below 0.3 / 0.5
+    np.testing.assert_allclose(draws.behavior, np.log(np.where(draws.tokens == 1, 0.6, 0.4)), atol=1e-6)
+    np.testing.assert_allclose(draws.logprobs, np.log(np.where(draws.tokens == 1, 0.3, 0.2)), atol=1e-6)

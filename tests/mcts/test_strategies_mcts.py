@@ -193,18 +193,21 @@ def test_commit_never_stops_at_the_first_win_and_plays_no_move(learning: bool) -
         assert sum(r == 1.0 for r in result.tree.reward) <= strategy.expand
 
 
-def test_a_tree_with_nothing_left_to_draw_is_exhausted() -> None:
+def test_a_tree_with_nothing_left_to_draw_is_exhausted_without_a_step_drawn_twice() -> None:
     world = World(3, wins=0.0, depth=2)
-    result = run_one(world.engine(), ToyTask(), search(Mcts(commit="never", simulations=0), budget=10**6))
+    strategy = Mcts(commit="never", simulations=0, expand=1)
+    result = run_one(world.engine(), ToyTask(), search(strategy, budget=10**6))
     assert result.ended is Ended.EXHAUSTED
-    result = run_one(world.engine(), ToyTask(), search(Mcts(commit="never", simulations=0), budget=20))
-    assert result.ended is Ended.BUDGET
-    result = run_one(world.engine(), ToyTask(), search(Mcts(commit="never", simulations=1), budget=10**6))
-    assert result.ended is Ended.STOPPED
+    assert result.usage.discarded == 0
+    half = result.usage.sampled // 2
+    assert run_one(world.engine(), ToyTask(), search(strategy, budget=half)).ended is Ended.BUDGET
+    one = Mcts(commit="never", simulations=1)
+    assert run_one(world.engine(), ToyTask(), search(one, budget=10**6)).ended is Ended.STOPPED
 
 
 def test_a_node_closes_after_so_many_draws_without_anything_new() -> None:
     engine = ScriptedEngine(lambda _, __: {"a no": 0.999, "b no": 0.001}, lambda _, __: 0.1)
+    engine.excludes = False  # such an engine may draw a step again
     result = run_one(engine, ToyTask(), search(Mcts(commit="never", simulations=0, expand=1, patience=3)))
     assert result.ended is Ended.EXHAUSTED
     assert sum(result.tree.draws[1:]) == 4
