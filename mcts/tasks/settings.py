@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mcts.tasks.base import TaskSettingError
+from mcts.verify.extract import KINDS
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -73,7 +74,8 @@ class TextSettings:
     """The last step of a worked solution that does not state its answer behind a marker itself; {answer} is put in,
     everything else stays as it is."""
     kind: str = "math"
-    """Which markers an answer is read from (see `mcts.verify.extract`)."""
+    """What an answer is: math, number, choice or exact (see `mcts.verify.extract`). Where only a verifier of one of
+    these names is given, that."""
     verifier: Mapping[str, Any] = field(default_factory=lambda: {"name": "math"})
     """Registered name or dotted path, with the verifier's own settings."""
 
@@ -97,6 +99,8 @@ def text_settings(task: str, defaults: Mapping[str, Any], given: Mapping[str, An
     both = {**defaults, **given}
     both["fields"] = {**defaults.get("fields", {}), **_texts(task, "fields", given.get("fields"))}
     both["verifier"] = _verifier(task, defaults.get("verifier", {"name": "math"}), given.get("verifier"))
+    if "kind" not in given and "verifier" in given and both["verifier"]["name"] in KINDS:
+        both["kind"] = both["verifier"]["name"]
     if isinstance(both.get("thinking"), list):
         both["thinking"] = tuple(both["thinking"])
     shots = both.get("few_shot", 0)

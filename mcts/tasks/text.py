@@ -183,12 +183,18 @@ class TextTask:
         if id in taken:
             other = taken[id]
             raise row.refuse(f"the id {id!r} is that of row {other.number} of {other.file} already")
+        answer = self.gold(row)
+        stated = self.final(answer)
+        if "\n" in answer or self.answer_in(stated) is None:
+            shown = stated if len(stated) <= 80 else stated[:77] + "..."
+            kind = self.settings.kind
+            raise row.refuse(f"no answer of kind {kind!r} is read back from {shown!r}: correct it, `kind` or `final`")
         worked = Worked(
             id=id,
             question=question,
             asked=self._prompts.asked(lambda name: known[name] if name in known else row.text(name)),
             typed=json.dumps({c: row.columns[c] for c in columns}) if (columns := self._columns()) else question,
-            answer=self.gold(row),
+            answer=answer,
             solution=self.solution(row),
             meta=self.meta(row),
         )
@@ -286,13 +292,16 @@ class TextTask:
 
     def worked_steps(self, worked: Worked) -> list[str]:
         """The solution as steps, each but the last ending in the delimiter; its last one states the answer behind a
-        marker (added where the solution does not). Empty: no solution, or one of more than `max_steps` steps."""
+        marker (added where the solution does not). Empty: no solution, one of more than `max_steps` steps, or one that
+        names another answer than gold."""
         if worked.solution is None:
             return []
         said = self.answer_in(worked.solution)
         steps = self.split_steps(worked.solution)
         if said != worked.answer:
             steps = self.split_steps(worked.solution + self.delimiter + self.final(worked.answer))
+            if self.answer_in("".join(steps)) != worked.answer:
+                return []
         return steps if len(steps) <= self.max_steps else []
 
     def warmup(self, seed: int) -> Iterator[Example]:

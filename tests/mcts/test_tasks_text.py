@@ -15,7 +15,7 @@ from mcts.tasks.rows import fill, fraction, places
 from mcts.tasks.steps import after_thinking, split_text
 from mcts.tasks.text import TextTask
 from mcts.types import Problem, SettingError, Status
-from tests.mcts.text_rows import gsm8k_folder, sums, write
+from tests.mcts.text_rows import gsm8k_folder, plain, sums, write
 
 THINK = ("<think>", "</think>")
 
@@ -118,8 +118,8 @@ def test_splits_are_disjoint_fixed_and_named_by_file_and_row(tmp_path: Path) -> 
 
 
 def test_a_row_stays_in_its_split_when_rows_are_added(tmp_path: Path) -> None:
-    few = load("jsonl", path=write(tmp_path / "a.jsonl", sums(60)), verifier="number")
-    many = load("jsonl", path=write(tmp_path / "a.jsonl".replace("a", "b"), sums(90)), verifier="number")
+    few = load("jsonl", path=write(tmp_path / "a.jsonl", plain(60)), verifier="number")
+    many = load("jsonl", path=write(tmp_path / "b.jsonl", plain(90)), verifier="number")
     for split in ("train", "dev", "heldout"):
         old = {str(p.prompt) for p in few.problems(split)}
         assert old <= {str(p.prompt) for p in many.problems(split)}
@@ -161,7 +161,7 @@ def test_a_split_is_cut_to_the_same_problems_whatever_the_rest(tmp_path: Path) -
 
 
 def test_a_column_may_name_the_splits(tmp_path: Path) -> None:
-    rows = [{**row, "part": ("train", "test", "valid")[k % 3]} for k, row in enumerate(sums(9))]
+    rows = [{**row, "part": ("train", "test", "valid")[k % 3]} for k, row in enumerate(plain(9))]
     task = load("jsonl", path=write(tmp_path / "a.jsonl", rows), split_field="part", verifier="number")
     assert [len(task.problems(s)) for s in ("train", "dev", "heldout")] == [3, 3, 3]
     assert [p.id for p in task.problems("dev")] == ["jsonl-a-00003", "jsonl-a-00006", "jsonl-a-00009"]
@@ -199,7 +199,7 @@ GOOD = {"question": "One and one?", "answer": "2"}
     ],
 )
 def test_a_bad_row_is_named_by_file_and_number(tmp_path: Path, row: Any, says: str) -> None:
-    path = write(tmp_path / "mine.jsonl", [GOOD, "", row, *sums(3)])
+    path = write(tmp_path / "mine.jsonl", [GOOD, "", row, *plain(3)])
     with pytest.raises(TaskSettingError) as refusal:
         load("jsonl", path=path).problems("train")
     assert f"row 3 of {path}: " in str(refusal.value)
@@ -207,15 +207,29 @@ def test_a_bad_row_is_named_by_file_and_number(tmp_path: Path, row: Any, says: s
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [({"kind": "number"}, "many"), ({"kind": "number"}, "2 or 3"), ({"kind": "choice"}, "7"), ({}, "It is\n#### 4"),
+     ({"final": "Result: {answer}"}, "4")],
+)  # fmt: skip
+def test_a_gold_answer_that_no_text_could_state_is_a_bad_row(
+    tmp_path: Path, settings: dict[str, Any], answer: str
+) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"question": "How many?", "answer": answer}])
+    with pytest.raises(TaskSettingError, match=r"row 1 of .*: no answer of kind .* is read back from ") as refusal:
+        load("jsonl", path=path, **settings).problems("train")
+    assert "\n" not in str(refusal.value)
+
+
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", [{"question": "x", "answer": ""}, "oops", *sums(30)])
+    path = write(tmp_path / "mine.jsonl", [{"question": "x", "answer": ""}, "oops", *plain(30)])
     task = load("jsonl", path=path, bad_rows="skip", dev_share=0.2)
     assert sum(len(task.problems(s)) for s in ("train", "dev", "heldout")) == 30
     assert task.notes[0].startswith("2 rows left out that cannot be used, the first: row 1 of ")
 
 
 def test_two_rows_with_one_id_are_refused(tmp_path: Path) -> None:
-    rows = [{**row, "key": f"k{n // 2}"} for n, row in enumerate(sums(4))]
+    rows = [{**row, "key": f"k{n // 2}"} for n, row in enumerate(plain(4))]
     path = write(tmp_path / "mine.jsonl", rows)
     fields = {"id": "key"}
     with pytest.raises(TaskSettingError, match=r"row 2 of .*the id 'k0' is that of row 1 of .* already"):
@@ -223,7 +237,7 @@ def test_two_rows_with_one_id_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_question_is_no_id(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", sums(4))
+    path = write(tmp_path / "mine.jsonl", plain(4))
     with pytest.raises(TaskSettingError, match="the id is the question itself"):
         load("jsonl", path=path, fields={"id": "question"}).problems("train")
 
@@ -257,13 +271,13 @@ def test_a_wrong_setting_is_one_sentence(settings: dict[str, Any], says: str) ->
 
 
 def test_a_template_with_an_unknown_name_says_how_to_write_a_brace(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", sums(4))
+    path = write(tmp_path / "mine.jsonl", plain(4))
     with pytest.raises(TaskSettingError, match=r"there is no field 'anser': did you mean 'answer'\?"):
         load("jsonl", path=path, template="{question} in \\boxed{anser}").problems("train")
 
 
 def test_an_empty_split_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", sums(4))
+    path = write(tmp_path / "mine.jsonl", plain(4))
     with pytest.raises(TaskSettingError, match="there is no problem in the split 'heldout'"):
         load("jsonl", train=path).problems("heldout")
     with pytest.raises(TaskSettingError, match="has no split 'test'"):
@@ -349,7 +363,7 @@ def test_a_typed_question_needs_no_file() -> None:
 
 
 def test_a_template_with_more_than_a_question_is_asked_for_as_json(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.jsonl", sums(4))
+    path = write(tmp_path / "mine.jsonl", plain(4))
     task = load("jsonl", path=path, template="{hint}: {question}\n")
     assert task.read('{"question": "Two and two?", "hint": "count"}').prompt == "count: Two and two?\n"
     with pytest.raises(TaskError, match="JSON object"):
@@ -358,12 +372,12 @@ def test_a_template_with_more_than_a_question_is_asked_for_as_json(tmp_path: Pat
 
 @pytest.mark.parametrize("settings", [{}, {"template": "{hint}: {question}\n"}, {"fields": {"question": "{hint} {q}"}}])
 def test_what_a_user_would_type_gives_the_same_prompt(tmp_path: Path, settings: dict[str, Any]) -> None:
-    rows = [{**row, "q": row["question"], "hint": "Count."} for row in sums(30)]
+    rows = [{**row, "q": row["question"], "hint": "Count."} for row in plain(30)]
     task = load(
         "jsonl",
         path=write(tmp_path / "mine.jsonl", rows),
         few_shot=1,
-        fields={"solution": "hint"} | settings.pop("fields", {}),
+        fields={"solution": "working"} | settings.pop("fields", {}),
         **settings,
     )
     for problem in task.problems("train"):
@@ -375,8 +389,8 @@ def test_what_a_user_would_type_gives_the_same_prompt(tmp_path: Path, settings: 
 def test_files_of_one_name_are_told_apart_by_their_split(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    train = write(tmp_path / "a" / "data.jsonl", sums(5))
-    task = load("jsonl", train=train, heldout=write(tmp_path / "b" / "data.jsonl", sums(5, start=50)), dev_share=0.0)
+    train = write(tmp_path / "a" / "data.jsonl", plain(5))
+    task = load("jsonl", train=train, heldout=write(tmp_path / "b" / "data.jsonl", plain(5, start=50)), dev_share=0.0)
     assert task.problems("train")[0].id == "jsonl-train-00001"
     assert task.problems("heldout")[4].id == "jsonl-heldout-00005"
 
@@ -395,6 +409,14 @@ def test_nothing_is_judged_without_gold(tmp_path: Path) -> None:
     problem = task.problems("heldout")[0]
     assert task.check(problem, str(problem.reference)) is None
     assert task.check_step(problem, ["1 + 1 = 3\n"]) is None
+
+
+def test_the_kind_of_answer_follows_a_verifier_of_that_name() -> None:
+    assert load("jsonl", path="x", verifier="number").settings.kind == "number"
+    assert load("jsonl", path="x", verifier={"name": "exact"}).settings.kind == "exact"
+    assert load("jsonl", path="x", verifier="number", kind="math").settings.kind == "math"
+    assert load("jsonl", path="x").settings.kind == "math"
+    assert load("gsm8k", path="x", verifier={"partial": 0.1}).settings.kind == "number"
 
 
 def test_gold_decides_and_partial_reward_passes_through(tmp_path: Path) -> None:

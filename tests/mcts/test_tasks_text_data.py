@@ -86,6 +86,13 @@ def test_gold_of_a_sample_is_right_against_itself(name: str) -> None:
     assert refused(task, problems[::step][:SAMPLE]) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_gold_of_every_row_is_right_against_itself(name: str) -> None:
+    task = load(name)
+    assert refused(task, everything(task)) == []
+
+
 def test_gsm8k_solutions_end_in_their_own_answer() -> None:
     task = load("gsm8k")
     for worked in task._load().splits["train"][:500]:

@@ -101,6 +101,13 @@ def test_a_solution_of_too_many_steps_is_no_example(tmp_path: Path) -> None:
     assert len({e.problem.id for e in first(task, 60) if e.imitate}) == 5
 
 
+def test_a_solution_that_contradicts_its_gold_is_no_example(tmp_path: Path) -> None:
+    odd = {**CHOICE[0], "question": "Odd one?", "rationale": "It is small.\nThe answer is (C)."}
+    task = load("choice", train=write(tmp_path / "c.jsonl", [odd, *CHOICE[1:]]), dev_share=0.0)
+    assert "choice-c-00001" in [p.id for p in task.problems("train")]
+    assert "choice-c-00001" not in {e.problem.id for e in first(task, 100) if e.imitate}
+
+
 def test_without_solutions_it_says_to_give_a_model(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [{"question": f"{k}?", "answer": k} for k in range(30)])
     task = load("jsonl", path=path)

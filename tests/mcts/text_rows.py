@@ -30,6 +30,15 @@ def sums(count: int, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def plain(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """The same with the answer in a column of its own."""
+    rows = []
+    for row in sums(count, start):
+        working, _, number = row["answer"].partition("\n#### ")
+        rows.append({"question": row["question"], "working": working, "answer": int(number)})
+    return rows
+
+
 def gsm8k_folder(folder: Path, train: int = 40, test: int = 10) -> str:
     write(folder / "train.jsonl", sums(train))
     write(folder / "test.jsonl", sums(test, start=1000))
