@@ -37,6 +37,14 @@ def test_a_launch_refuses_a_bad_row_and_a_fresh_model(tmp_path: Path) -> None:
         check_parts(config(tmp_path, few_shots=3))
 
 
+def test_a_launch_refuses_what_its_first_phases_would_lack(tmp_path: Path) -> None:
+    gsm8k_folder(tmp_path)
+    with pytest.raises(TaskSettingError, match="there is no problem in the split 'dev'"):
+        check_parts(config(tmp_path, dev_share=0.0))
+    with pytest.raises(TaskSettingError, match="no training row has a worked solution of at most 2 steps"):
+        check_parts(config(tmp_path, max_steps=2))
+
+
 def test_the_example_after_a_run_is_a_question_and_no_prompt(tmp_path: Path) -> None:
     gsm8k_folder(tmp_path)
     for chat in (False, True):
