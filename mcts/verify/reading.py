@@ -78,7 +78,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """`a = b = c`, `1 < x <= 2`: sides and what stands between them, in {=, <, <=, >, >=, !=}."""
+    """`a = b = c`, `1 < x <= 2`: sides and what stands between them, in {=, <, <=, >, >=, !=, ~ (about)}."""
 
     sides: tuple[Reading, ...]
     signs: tuple[str, ...]
@@ -117,6 +117,8 @@ _PROSE = re.compile(
     r"(?:^|(?<=[\s(:]))(?!(?:sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|theta|alpha|beta|gamma|infinity)\b)"
     r"[A-Za-z]{4,}(?=$|[\s).:!?'])"
 )
+_EMPTY = re.compile(r"\\(?:emptyset|varnothing)|∅")
+_REALS = re.compile(r"\\mathbb\s*\{\s*R\s*\}|\\R(?![A-Za-z])|ℝ")
 _FUNCTIONS = frozenset(
     (*("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "frac", "max", "min"),
      *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"))
@@ -159,6 +161,9 @@ def _read(text: str, depth: int) -> Reading:
         raise Unreadable("an empty part")
     if depth > 12:
         raise Unreadable("nested too deeply")
+    if _EMPTY.fullmatch(text):
+        return Listed((), braces=True)
+    text = _REALS.sub(r"(-\\infty,\\infty)", text)
     number = read_number(text)
     if number is not None:
         return number
@@ -288,9 +293,8 @@ def _approximate(text: str, depth: int) -> Reading | None:
     if len(pieces) == 1:
         return None
     first = pieces[0].strip()
-    if is_name(first):
-        return Chain((_read(first, depth + 1), _read(pieces[2], depth + 1)), ("=",), re.sub(r"\s", "", first))
-    return _read(first, depth + 1)
+    name = re.sub(r"\s", "", first) if is_name(first) else ""
+    return Chain((_read(first, depth + 1), _read(pieces[2], depth + 1)), ("~",), name)
 
 
 def _membership(text: str, depth: int) -> Reading | None:

@@ -168,7 +168,7 @@ def children_of(pid: int, at_least: int) -> list[int]:
     raise AssertionError("the worker started no child")
 
 
-def test_a_case_in_flight_dies_with_its_nursery(pool: Pool) -> None:
+def test_a_case_in_flight_dies_with_its_nursery() -> None:
     """The kernel ends the child when the nursery is killed, as by a lack of memory."""
     slow = Pool(MODULE, 1, Limits(cpu_seconds=1000, wall_seconds=1000))
     nursery = slow.judge({"do": "look"})["verdict"]["nursery"]
