@@ -200,5 +200,27 @@ def solve(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: selfplay grade answers.jsonl --verifier math")
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL of rows with the texts gold and prediction")],
+    verifier: Annotated[str, typer.Option(help="math, number, choice, exact, or a dotted path to your own")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Verdicts for a file of gold and prediction rows, each with its reason, and the totals."""
+    from selfplay.grade import grade_file, totals
+
+    graded = []
+    for one in grade_file(file, verifier):
+        graded.append(one)
+        if not as_json:
+            note = "" if one.agrees is not False else "  (not as expected)"
+            print(f"{one.row}\t{one.verdict.status.value}\t{one.verdict.extracted!r}\t{one.verdict.why}{note}")
+    summary = totals(graded)
+    if as_json:
+        print(json.dumps({"rows": [one.data() for one in graded], "totals": summary}))
+    else:
+        print(", ".join(f"{name} {count}" for name, count in summary.items()))
+
+
 if __name__ == "__main__":
     main()

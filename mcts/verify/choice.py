@@ -23,19 +23,22 @@ def read_choice(text: str, letters: str = "ABCDE") -> str | None:
     if single is not None:
         letter = single[1].upper()
         return letter if letter in letters else None
-    named = re.match(r"\(([A-Za-z])\)|([A-Za-z])[).:]|([A-Z])\s+(?=[A-Z0-9$\\(-])", bare)
+    named = re.match(r"\(([A-Za-z])\)|([A-Za-z])[).:,;。，]|([A-Z])\s+(?=[A-Z0-9$\\(-])", bare)
     if named is None:
         return None
     letter = next(group for group in named.groups() if group).upper()
-    rest = bare[named.end() :]
-    others = {
-        found.upper()
-        for found in re.findall(r"\(([A-Za-z])\)|(?<![\w$\\'])([B-HJ-Z])(?![\w'])", rest)
-        for found in found
-    }
-    if letter not in letters or (others - {letter, ""}) & set(letters):
-        return None
-    return letter
+    return letter if letter in letters and not _hedged(bare[named.end() :], set(letters) - {letter}) else None
+
+
+_NEGATION = re.compile(r"\b(?:not|cannot|never|rather than|instead of|non|pas)\b|n[’']t\b|不是", re.IGNORECASE)
+
+
+def _hedged(rest: str, others: set[str]) -> bool:
+    """Does what follows the letter name another option, without saying that it is not the one?"""
+    named = re.search(r"\(([A-Za-z])\)|(?<![\w$\\'’])([B-HJ-Z])(?![\w'’])|\b(?:or|and)\s+(A)\b", rest)
+    if named is None or next(group for group in named.groups() if group).upper() not in others:
+        return False
+    return _NEGATION.search(rest[: named.start()]) is None
 
 
 class ChoiceVerifier:

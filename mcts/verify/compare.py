@@ -133,6 +133,8 @@ def parts(reading: Reading) -> tuple[Reading, ...]:
 def contradicts(reading: Reading) -> bool:
     """Does some chain of equations in it equate different constants (`17 = 18`, `x = 3 = 4`)?"""
     if isinstance(reading, Chain):
+        if reading.signs == ("~",):
+            return contradicts(reading.sides[0]) or not _near(*reading.sides)
         constants = [side for side in reading.sides if _constant(side)]
         for number, (left, right) in enumerate(zip(reading.sides, reading.sides[1:], strict=False)):
             if (
@@ -145,6 +147,15 @@ def contradicts(reading: Reading) -> bool:
         if set(reading.signs) == {"="} and any(not same(constants[0], other) for other in constants[1:]):
             return True
     return any(contradicts(part) for part in parts(reading))
+
+
+def _near(left: Reading, right: Reading) -> bool:
+    """May two sides be about the same: no two constants that are more than a hundredth apart?"""
+    left = left.sides[-1] if isinstance(left, Chain) else left
+    a, b = value(left), value(right)
+    if a is None or b is None or not (_constant(left) and _constant(right)) or not (a.is_real and b.is_real):
+        return True
+    return bool(100 * abs(a - b) <= abs(a))
 
 
 def _holds(left: Reading, sign: str, right: Reading) -> bool:
@@ -173,6 +184,7 @@ def value(reading: Reading) -> sympy.Expr | None:
 
 def same(gold: Reading, given: Reading) -> bool:
     """Is `given` what `gold` is? Not quite symmetric: gold's form decides what may be left out."""
+    gold, given = _exact(gold), _exact(given)
     if isinstance(gold, Chain) or isinstance(given, Chain):
         return _same_chain(gold, given)
     gold, given = _lone(gold), _lone(given)
@@ -200,6 +212,13 @@ def same(gold: Reading, given: Reading) -> bool:
     if isinstance(gold, Union) or isinstance(given, Union):
         return _same_set(gold, given)
     return False
+
+
+def _exact(reading: Reading) -> Reading:
+    """`1/3 ~ 0.33` says 1/3; `x ~ 11` says x = 11."""
+    if not isinstance(reading, Chain) or reading.signs != ("~",):
+        return reading
+    return Chain(reading.sides, ("=",), reading.name) if reading.name else reading.sides[0]
 
 
 def _lone(reading: Reading) -> Reading:

@@ -29,12 +29,14 @@ _THOUGHT_ENDS = ("</think>", "</thinking>", "<|end_of_thought|>")
 _THOUGHT_STARTS = ("<think>", "<thinking>", "<|begin_of_thought|>")
 _FINAL = re.compile(r"\bfinal\s+answer\b", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\b(?:answer|solution)\s*(?:\*\*)?\s*(?:is|are|=|:)(?!\w)(?:\s*(?:\*\*|:))*\s*(?:therefore|thus|simply|just)?\s*",
+    r"\banswer\s*(?:\*\*)?\s*(?:(?:is|are)(?!\w)|=|:|(?=\$|\\\(|\\\[))(?:\s*(?:\*\*|:))*"
+    r"\s*(?:(?:therefore|thus|simply|just|for sure|definitely|clearly|option|choice)\s+)?",
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _JOINT = re.compile(
     r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|,|;|\\[,;: !]|\\q?quad|\\text\s*\{\s*,?\s*(?:and|or)?\s*\}|\band\b|\bor\b)*"
+    r"(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|<\|")
 _HOPE = re.compile(r"[.,]?\s*I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
@@ -207,10 +209,27 @@ def _typed(found: Extracted, kind: str) -> Extracted | Refusal:
             return Refusal("not one option is named", marked=True)
         return Extracted(letter, found.rule)
     if kind == "math" and found.rule == "phrase":
-        formulas = re.findall(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", answer, re.DOTALL)
-        if len(formulas) == 1 and not re.search(r"\d", re.sub(r"\$[^$]*\$|\\\(.*\\\)|\\\[.*\\\]", "", answer)):
-            return Extracted(next(part for part in formulas[0] if part).strip(), found.rule)
+        return Extracted(_formula(answer), found.rule)
     return found
+
+
+_FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+
+
+def _formula(sentence: str) -> str:
+    """What a sentence says in the end: its one formula, what stands behind its last "is", or its one number. The
+    sentence itself where none of these is there."""
+    formulas = _FORMULA.findall(sentence)
+    if len(formulas) == 1 and not re.search(r"\d", _FORMULA.sub("", sentence)) and not re.search(r"\bis\b", sentence):
+        return str(next(part for part in formulas[0] if part)).strip()
+    said = re.split(r"\b(?:is|are|equals)\b:?", sentence)[-1].strip()
+    if said and said != sentence:
+        return _formula(said)
+    if not formulas and len(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{3,}", sentence)) > 2:
+        numbers = _different([match[0].strip() for match in _NUMBERS.finditer(sentence)][:MAX_BOXES])
+        if len(numbers) == 1:
+            return numbers[0]
+    return sentence
 
 
 def _squeezed(text: str) -> str:

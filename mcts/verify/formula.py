@@ -36,8 +36,9 @@ def parse(latex: str) -> sympy.Expr:
         raise
     except Exception as error:
         raise CannotParse(f"no formula: {latex[:40]}") from error
-    if not isinstance(found, sympy.Expr) or found.has(sympy.nan):
+    if not isinstance(found, sympy.Expr) or found.has(sympy.nan, sympy.zoo):
         raise CannotParse(f"no formula: {latex[:40]}")
+    found = found.subs({symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"})
     floats = found.atoms(sympy.Float)
     return found.subs({number: sympy.Rational(str(number)) for number in floats}) if floats else found
 

@@ -30,7 +30,7 @@ MAX_EXPONENT = 400
 ROUNDED_DIGITS = 6
 """Significant digits that a decimal needs to stand for a longer number."""
 
-_GROUPED = r"\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)"
+_GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?!\d)"
 _WHOLE = rf"(?:{_GROUPED}|\d+)"
 _FRAC = r"\\[dtc]?frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
 _REPEAT = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")

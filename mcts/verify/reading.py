@@ -78,7 +78,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """`a = b = c`, `1 < x <= 2`: sides and what stands between them, in {=, <, <=, >, >=, !=}."""
+    """`a = b = c`, `1 < x <= 2`: sides and what stands between them, in {=, <, <=, >, >=, !=, ~ (about)}."""
 
     sides: tuple[Reading, ...]
     signs: tuple[str, ...]
@@ -113,6 +113,12 @@ _RELATION = re.compile(r"<=|>=|!=|:=|==|[=<>]|\\(?:leqslant|geqslant|leq|geq|neq
 _APPROX = re.compile(r"\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])|~=")
 _IN = re.compile(r"\\in(?![A-Za-z])")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
+_PROSE = re.compile(
+    r"(?:^|(?<=[\s(:]))(?!(?:sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|theta|alpha|beta|gamma|infinity)\b)"
+    r"[A-Za-z]{4,}(?=$|[\s).:!?'])"
+)
+_EMPTY = re.compile(r"\\(?:emptyset|varnothing)|∅")
+_REALS = re.compile(r"\\mathbb\s*\{\s*R\s*\}|\\R(?![A-Za-z])|ℝ")
 _FUNCTIONS = frozenset(
     (*("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "frac", "max", "min"),
      *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh"))
@@ -132,7 +138,9 @@ def _clean(text: str) -> str:
         if box is None or _matching(text.strip("$ "), text.strip("$ ").index("{")) != len(text.strip("$ ")) - 1:
             break
         text = box[1].strip()
-    text = text.translate(_SYMBOLS)
+    text = re.sub(r"\\?[\"“”]", "", text.translate(_SYMBOLS))
+    if not re.search(r"matrix|array|cases", text):
+        text = re.sub(r"\\\\(?=[A-Za-z({\[)}\]])", r"\\", text)  # a backslash escaped once too often
     text = re.sub(r"\\\$(?=\s*\d)", "", text)
     text = re.sub(r"(?<!\\)\$", " ", tidy(text)).replace(r"\$", " ")
     text = re.sub(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr|limits)(?![A-Za-z])\s*\.?", "", text)
@@ -153,6 +161,9 @@ def _read(text: str, depth: int) -> Reading:
         raise Unreadable("an empty part")
     if depth > 12:
         raise Unreadable("nested too deeply")
+    if _EMPTY.fullmatch(text):
+        return Listed((), braces=True)
+    text = _REALS.sub(r"(-\\infty,\\infty)", text)
     number = read_number(text)
     if number is not None:
         return number
@@ -282,9 +293,8 @@ def _approximate(text: str, depth: int) -> Reading | None:
     if len(pieces) == 1:
         return None
     first = pieces[0].strip()
-    if is_name(first):
-        return Chain((_read(first, depth + 1), _read(pieces[2], depth + 1)), ("=",), re.sub(r"\s", "", first))
-    return _read(first, depth + 1)
+    name = re.sub(r"\s", "", first) if is_name(first) else ""
+    return Chain((_read(first, depth + 1), _read(pieces[2], depth + 1)), ("~",), name)
 
 
 def _membership(text: str, depth: int) -> Reading | None:
@@ -332,6 +342,8 @@ def _bracketed(text: str, depth: int) -> Reading | None:
         return None
     inner = text[1:-1]
     items = _items(inner, depth)
+    if items is None and text[0] in "[(" and _MATRIX.fullmatch(inner.strip()):
+        return _read(inner, depth + 1)
     if text[0] == "{":
         return _read(inner, depth + 1) if items is None else Listed(items, braces=True)
     if items is not None:
@@ -369,6 +381,8 @@ def _expression(text: str) -> Reading:
         unit, text = read_unit("°"), degrees["rest"]
     if not re.search(r"[A-Za-z0-9]", text):
         raise Unreadable("no letter and no digit")
+    if _PROSE.search(text):
+        raise Unreadable("words among a formula")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
     return Expression(_exact_decimals(text), unit)
 
