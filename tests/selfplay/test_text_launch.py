@@ -11,10 +11,11 @@ from rich.console import Console
 
 from mcts.search import Driver, Search
 from mcts.strategies import build
-from mcts.tasks import TaskSettingError
+from mcts.tasks import TaskSettingError, load_task
+from mcts.tasks.text import TextTask
 from mcts.types import Problem, Status, Verdict
 from selfplay.cli import _example
-from selfplay.config import Config, parse_config
+from selfplay.config import Config, load_config, parse_config
 from selfplay.executor import check_parts
 from selfplay.solve import _conclude
 from tests.mcts.text_rows import gsm8k_folder, write
@@ -69,3 +70,20 @@ def test_solve_calls_an_answer_without_gold_unverified(reference: str | None, sa
     console = Console(record=True, width=200, quiet=False, file=io.StringIO())
     _conclude(result, "", 0.0, console)
     assert f"answer {result.answer}: {says}; " in console.export_text()
+
+
+def test_the_example_config_names_problems_that_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    config = load_config(root / "configs" / "own_problems.yaml")
+    task = load_task(config.task.name, **config.task.settings)
+    assert isinstance(task, TextTask)
+    counts = {split: len(task.problems(split)) for split in ("train", "dev", "heldout")}
+    assert sum(counts.values()) == 22
+    assert min(counts.values()) >= 2
+    for problem in (p for split in counts for p in task.problems(split)):
+        answer = task.answer(problem, [task.final(str(problem.reference))])
+        assert answer is not None
+        assert task.verify(problem, answer).won
+    example = next(iter(task.warmup(0)))
+    assert task.answer(example.problem, example.steps) == example.problem.reference
