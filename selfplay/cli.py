@@ -194,5 +194,40 @@ def solve(
         raise typer.Exit(1)
 
 
+@app.command(epilog='Example: selfplay export runs/first --format sft --where "iteration >= 3" --out data/sft.parquet')
+def export(
+    path: Annotated[
+        Path, typer.Argument(help="a run, a folder of shards, or one shard; prm-model: a run or checkpoint")
+    ],
+    form: Annotated[str, typer.Option("--format", help="sft, preference, stepwise, prm, or prm-model")],
+    out: Annotated[Path, typer.Option(help="FILE.parquet or FILE.jsonl; prm-model: a new folder")],
+    where: Annotated[str | None, typer.Option(help="filter, as inspect takes it")] = None,
+    gap: Annotated[float, typer.Option(help="preference: least difference in value between siblings")] = 0.5,
+    value: Annotated[str, typer.Option(help="preference, prm: verified (judged chains below) or search (its Q)")] = (
+        "verified"
+    ),
+    joiner: Annotated[str | None, typer.Option(help="what the task puts between steps; default: found out")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that sent chat prompts")] = None,
+    approximate: Annotated[bool, typer.Option(help="prm-model: fit a linear head to one that is not linear")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""
+    if form == "prm-model":
+        from selfplay.export_prm import export_prm
+
+        found = export_prm(path, out, approximate=approximate)
+    else:
+        from selfplay.export import export_path
+
+        found = export_path(
+            path, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
+        ).data()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for key, figure in found.items():
+            print(f"{key}: {figure}")
+
+
 if __name__ == "__main__":
     main()

@@ -58,6 +58,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["eager", "sdpa"] = "sdpa"
     """Attention of the learner's forwards, by transformers' name; the engine brings its own."""
+    value_width: int = Field(default=64, ge=0)
+    """GELU units of a new value head; 0: a linear head, which exports exactly as a token-classification model."""
 
 
 class OptimizerConfig(Section):
