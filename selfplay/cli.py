@@ -40,9 +40,17 @@ def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: print JSON")] = False,
 ) -> None:
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
+
+    if dry_run:
+        _show_plan(load_config(config, overrides or []), as_json)
+        return
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
@@ -50,6 +58,24 @@ def launch(
     check_parts(resolved)
     folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
+
+
+def _show_plan(config: Any, as_json: bool) -> None:
+    """Print the plan of a run, then refuse what cannot fit."""
+    from rich.console import Console
+
+    from selfplay.plan import PlanError, make_plan
+
+    plan = make_plan(config)
+    if as_json:
+        print(json.dumps(plan.data()))
+    else:
+        console = Console()
+        console.print(plan.table())
+        for line in plan.lines():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if plan.refusal is not None:
+        raise PlanError(plan.refusal)
 
 
 @app.command(epilog="Example: selfplay resume runs/first iterations=20")
