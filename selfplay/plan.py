@@ -216,9 +216,12 @@ def _learner(config: Config, shape: Shape) -> dict[str, int]:
     logits = tokens * shape.vocabulary * (low + 20)
     scores = shape.layers * shape.heads * tokens * row * (low + 4) if config.model.attention == "eager" else 0
     side_by_side = config.cluster.learner_threads if config.model.device == "cpu" else 1
+    batches = -(-config.learn.items_per_step * item_tokens(config) // tokens)
+    # those summed so far and those of the batch at hand; side by side, of every batch at hand and one that waits
+    sets = min(batches, 2 if side_by_side == 1 else 2 + side_by_side)
     parts = {
         "weights": shape.weights + shape.adapters + 4 * shape.head_parameters,
-        "gradients": shape.gradients,
+        "gradients": sets * shape.gradients,
         "optimizer": shape.optimizer,
         "activations": side_by_side * (tokens * per_token + tokens * row * low + scores + logits),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mcts.engines.torch_engine import TorchEngine
+from mcts.tasks import load_task
 from selfplay import cli
 from selfplay.config import Config, load_config, parse_config
-from selfplay.learner import Learner, LearnerSettings
+from selfplay.learner import Budget, Learner, LearnerSettings, _Phase
 from selfplay.objectives import build_objective
 from selfplay.optimizers import Optimizer, OptimizerSettings
 from selfplay.plan import GIB, PlanError, make_plan
@@ -236,6 +238,28 @@ def test_the_command_loads_nothing_and_writes_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"], "no run folder"
 
 
+def test_the_learner_really_holds_no_more_than_two_sets_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    inner = _Phase._batch
+
+    def counted(self: _Phase, *task: Any) -> Any:
+        nonlocal most
+        found = inner(self, *task)
+        alive.append(weakref.ref(found.gradients[0]))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return found
+
+    monkeypatch.setattr(_Phase, "_batch", counted)
+    policy = make_policy("llama")
+    settings = LearnerSettings(items_per_step=16, batch_tokens=64, threads=1, max_length=64)
+    learner = Learner(policy, build_objective("sft"), settings)
+    examples = load_task("countdown", numbers=3).warmup(0)
+    learner.learn(0, [], Budget(steps=2), fresh=examples, fresh_share=1.0)
+    assert len(alive) > 6, "several batches a step"
+    assert most == 2
+
+
 def test_what_the_learner_is_planned_to_hold_is_what_it_holds(tmp_path: Path) -> None:
     policy = make_policy("llama")
     policy.model.save_pretrained(tmp_path)
@@ -244,3 +268,34 @@ def test_what_the_learner_is_planned_to_hold_is_what_it_holds(tmp_path: Path) ->
     held = bytes_of(learner.policy.model.parameters()) + bytes_of(learner.policy.head.parameters())
     assert make_plan(config(f"model.path={tmp_path}")).loads[0].parts["weights"] == held
     assert shape.trainable + shape.head_parameters == sum(p.numel() for p in learner.optimizer.parameters)
+
+
+def test_gradients_are_held_twice_where_a_step_takes_several_batches() -> None:
+    """16 items of 100 tokens: one batch of 1,600 tokens, or two of 800, or many of 100."""
+    shape = shape_of(config())
+    for size, sets in ((1600, 1), (800, 2), (100, 2)):
+        plan = make_plan(config("plan.item_tokens=100", f"learn.batch_tokens={size}"))
+        assert plan.loads[0].parts["gradients"] == sets * shape.gradients
+
+
+@pytest.mark.parametrize("name", ["gsm8k_qwen2.5-1.5b", "math_qwen2.5-7b_lora"])
+def test_the_comment_of_a_config_states_the_plan_that_is_computed_for_it(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    plan = make_plan(load_config(path))
+    assert plan.refusal is None
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    learner, worker = plan.loads
+    assert plan.hours is not None
+    assert plan.cost is not None
+    for part in (
+        f"{plan.shape.parameters:,} parameters",
+        f"{plan.devices[0][1] / GIB:.1f} GiB of {plan.usable / GIB:.1f} usable",
+        f"learner {learner.total / GIB:.1f}",
+        f"worker {worker.total / GIB:.1f}",
+        f"{plan.in_flight} searches in flight",
+        f"{plan.tokens['sampled']:,} tokens sampled",
+        f"{plan.hours:.2f} h",
+        f"{plan.cost:.2f} dollars",
+        "Unmeasured",
+    ):
+        assert part in comment, part
