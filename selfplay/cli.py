@@ -234,7 +234,7 @@ def export(
     ),
     joiner: Annotated[str | None, typer.Option(help="what the task puts between steps; default: found out")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that sent chat prompts")] = None,
-    approximate: Annotated[bool, typer.Option(help="prm-model: fit a linear head to one that is not linear")] = False,
+    approximate: Annotated[bool, typer.Option(help="prm-model: a linear head, fitted, for stock classes")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""

@@ -1,10 +1,15 @@
 """The value head as a process reward model that `AutoModelForTokenClassification.from_pretrained` loads.
 
-The folder holds the policy's trunk and a linear layer of one output (`score` or `classifier`, as the architecture has
-it); the sigmoid of its logit at a step's last token is the value. That is exact for a linear value head
-(`model.value_width: 0`), and the written model is compared with ours before it gets its name. No stock class has room
-for a head with a hidden layer: it is exported only where asked for as an approximation, a linear head fitted to it on
-the states of the run's own traces, and what that costs is measured on problems left out of the fit and written down.
+The folder holds the policy's trunk and a head of one output; the sigmoid of its logit at a step's last token is the
+value. Three ways:
+
+- a linear value head (`model.value_width: 0`) is the linear layer of the architecture's stock class: exact;
+- one with a hidden layer has no stock class, so a small model file goes into the folder, which loads it with
+  `trust_remote_code=True` and refuses to load without: exact;
+- where stock classes are needed (trainers, servers), `approximate` fits a linear layer to such a head on the states of
+  the run's own traces, and measures what that costs on problems left out of the fit.
+
+What was written is loaded and compared with ours before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from mcts.engines.model import Policy, load_policy
+from mcts.engines.value_head import ValueHead
 from mcts.tree import Tree
+from selfplay import prm_model
 from selfplay.errors import UserError
 from selfplay.items import ValueRule, value_labels
 from selfplay.metrics import RunningAuc
@@ -54,8 +61,8 @@ class States:
 def export_prm(path: Path, out: Path, *, approximate: bool = False) -> dict[str, Any]:
     """Write the value head of a run's last checkpoint, or of a checkpoint, as the folder `out`; what was done.
 
-    `approximate`: allow a head with a hidden layer, and fit a linear one to it on the run's traces. Raises PrmError:
-    no value head, `out` exists, a head that needs `approximate`, an architecture without token classification.
+    `approximate`: fit a linear head to one with a hidden layer, so that stock classes load the folder. Raises PrmError:
+    no value head, `out` exists, too few traces for the fit, an architecture without token classification.
     """
     if out.exists():
         raise PrmError(f"{out} exists already; move it away or choose another --out")
@@ -64,23 +71,25 @@ def export_prm(path: Path, out: Path, *, approximate: bool = False) -> dict[str,
     head = policy.head
     if head is None:
         raise PrmError(f"{path} has no value head to export; give a run or checkpoint of selfplay")
-    facts: dict[str, Any] = {"format": "prm-model", "policy_version": source.version, "exact": head.width == 0}
+    facts: dict[str, Any] = {"format": "prm-model", "policy_version": source.version}
+    linear: nn.Linear | None = None
     if head.width == 0:
         linear = head.outer
     elif approximate:
         states = collect_states(policy, path)
-        linear = fit_linear(head.logits(states.hidden).detach(), states)
-        facts |= measure(head.logits(states.hidden).detach(), linear(states.hidden).detach()[:, 0], states)
-    else:
-        raise PrmError(
-            f"a token-classification model has a linear head and this one has {head.width} hidden units; add "
-            "--approximate to fit a linear one and have the error measured, or train with model.value_width=0"
-        )
+        logits = head.logits(states.hidden).detach()
+        linear = fit_linear(logits, states)
+        facts |= measure(logits, linear(states.hidden).detach()[:, 0], states)
+    facts["exact"] = head.width == 0 or linear is None
+    facts["loads_with"] = "trust_remote_code" if linear is None else "stock classes"
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        facts["head"] = write_model(policy, linear, building)
-        facts["written_error"] = compare(policy, linear, building)
+        if linear is None:
+            write_own(policy, head, building)
+        else:
+            write_stock(policy, linear, building)
+        facts["written_error"] = compare(policy, head.logits if linear is None else linear, building)
         if facts["written_error"] > TOLERANCE:
             raise PrmError(
                 f"the written model differs from the value head by {facts['written_error']:.2g}; its architecture is "
@@ -102,9 +111,30 @@ def plain_model(policy: Policy) -> Any:
     return policy.model if merge is None else merge()
 
 
-def write_model(policy: Policy, linear: nn.Linear, folder: Path) -> str:
-    """Write the policy's trunk with `linear` [1, d] as its token-classification head, and the tokenizer; the head's
-    name. Raises PrmError where transformers has no such model for the architecture."""
+def write_own(policy: Policy, head: ValueHead, folder: Path) -> None:
+    """Write the policy's trunk with its own head, the file that `prm_model` is, and the tokenizer."""
+    trunk = plain_model(policy).base_model
+    config = prm_model.ValuePrmConfig(
+        trunk=trunk.config.to_dict(), value_width=head.width, dtype=policy.model.dtype, num_labels=1
+    )
+    config.id2label, config.label2id = {0: "value"}, {"value": 0}
+    model = prm_model.ValuePrm(config).to(policy.model.dtype)
+    model.model.load_state_dict(trunk.state_dict())
+    model.score[0].load_state_dict(head.inner.state_dict())
+    model.score[2].load_state_dict(head.outer.state_dict())
+    module = Path(prm_model.__file__).stem
+    model.config.auto_map = {
+        "AutoConfig": f"{module}.ValuePrmConfig",
+        "AutoModelForTokenClassification": f"{module}.ValuePrm",
+    }
+    model.save_pretrained(folder)
+    shutil.copyfile(prm_model.__file__, folder / f"{module}.py")
+    policy.tokenizer.save_pretrained(folder)
+
+
+def write_stock(policy: Policy, linear: nn.Linear, folder: Path) -> None:
+    """Write the policy's trunk with `linear` [1, d] as its token-classification head, and the tokenizer. Raises
+    PrmError where transformers has no such model for the architecture."""
     from transformers import AutoModelForTokenClassification
 
     model = plain_model(policy)
@@ -127,18 +157,19 @@ def write_model(policy: Policy, linear: nn.Linear, folder: Path) -> str:
         layer.bias.copy_(linear.bias)
     target.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    return names[0]
 
 
 @torch.inference_mode()
-def compare(policy: Policy, linear: nn.Linear, folder: Path) -> float:
-    """Largest difference in value between the model in `folder`, loaded as anyone would, and ours, on random tokens."""
+def compare(policy: Policy, head: Callable[[Tensor], Tensor], folder: Path) -> float:
+    """Largest difference in value between the model in `folder` and `head` on the policy, on random tokens."""
     from transformers import AutoModelForTokenClassification
 
-    model = AutoModelForTokenClassification.from_pretrained(folder, local_files_only=True).eval()
+    own = (folder / Path(prm_model.__file__).name).exists()  # its code is ours: no need to run the copy
+    loader = prm_model.ValuePrm if own else AutoModelForTokenClassification
+    model = loader.from_pretrained(folder, local_files_only=True).eval()
     tokens = torch.randint(policy.model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
     theirs = model(input_ids=tokens).logits[..., 0]
-    ours = linear(policy.hidden(tokens))[..., 0]
+    ours = head(policy.hidden(tokens)).reshape(theirs.shape)
     return float((torch.sigmoid(theirs.float()) - torch.sigmoid(ours.float())).abs().max())
 
 
@@ -244,6 +275,7 @@ def _auc(scores: Tensor, labels: Tensor) -> float | None:
 
 
 def _card(facts: dict[str, Any]) -> str:
+    stock = facts["loads_with"] == "stock classes"
     lines: Sequence[str] = [
         "---",
         "pipeline_tag: token-classification",
@@ -252,11 +284,11 @@ def _card(facts: dict[str, Any]) -> str:
         "---",
         "# Process reward model",
         "",
-        "The trunk of a policy trained by mcts-selfplay with its value head as a linear layer of one output. The "
+        "The trunk of a policy trained by mcts-selfplay with its value head as a head of one output. The "
         "sigmoid of the logit at the last token of a prompt or step is the chance that the episode is won from there:",
         "",
         "```python",
-        "model = AutoModelForTokenClassification.from_pretrained(folder)",
+        f"model = AutoModelForTokenClassification.from_pretrained(folder{'' if stock else ', trust_remote_code=True'})",
         "value = model(input_ids).logits[0, last_token_of_step, 0].sigmoid()",
         "```",
         "",
@@ -265,7 +297,7 @@ def _card(facts: dict[str, Any]) -> str:
         "",
     ]
     if facts["exact"]:
-        return "\n".join([*lines, "The trained head is linear, so this is the trained head itself.", ""])
+        return "\n".join([*lines, "This is the trained head itself.", ""])
     shown = {name: "not measured" if value is None else value for name, value in facts.items()}
     rows = ["fitted_states", "held_out_states", "mean_error", "p95_error", "max_error", "auc_head", "auc_linear"]
     return "\n".join(

@@ -299,10 +299,34 @@ def test_a_linear_head_exports_exactly_and_loads_with_stock_classes(tmp_path: Pa
     assert float(ours.std()) > 0.01, "the head must say different things of different states"
 
 
-def test_a_head_with_a_hidden_layer_is_exported_only_as_an_approximation_that_states_its_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_with_a_hidden_layer_exports_exactly_with_its_own_code_and_never_loads_without(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = saved(tmp_path / "run", family, width=64)
+    facts = export_prm(tmp_path / "run", tmp_path / f"prm_{family}")
+    assert facts["exact"]
+    assert facts["written_error"] < 1e-6
+    # where transformers copies the code of such folders to: normally the user's cache
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = tmp_path / f"prm_{family}"
+    model = AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules"), "the folder's own code"
+    policy = load_policy(checkpoint)
+    assert policy.head is not None
+    tokens = torch.arange(3, 63).view(3, 20)
+    with torch.inference_mode():
+        ours = policy.head(policy.hidden(tokens))
+        theirs = model(tokens).logits[..., 0].sigmoid()
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    assert float(ours.std()) > 0.01
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForTokenClassification.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_an_approximation_for_stock_classes_states_the_error_that_a_user_would_find(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "run", "llama", width=64)
-    with pytest.raises(PrmError, match="--approximate"):
-        export_prm(tmp_path / "run", tmp_path / "prm")
     with pytest.raises(PrmError, match="too few traces"):
         export_prm(checkpoint, tmp_path / "prm", approximate=True)
     results = []
