@@ -33,7 +33,7 @@ _VALUE: Final = {
 _USE: Final = {
     "sft": "`SFTTrainer`",
     "preference": "`DPOTrainer`. TRL appends EOS to text, also where a step does not end the solution",
-    "stepwise": "`trl.experimental.prm.PRMTrainer`",
+    "stepwise": "`trl.experimental.prm.PRMTrainer`, which TRL had up to 1.12",
     "prm": "any trainer with soft labels; read the value at each completion's last token",
 }
 

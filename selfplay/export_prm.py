@@ -30,8 +30,6 @@ from mcts.engines.value_head import ValueHead
 from mcts.tree import Tree
 from selfplay import prm_model
 from selfplay.errors import UserError
-from selfplay.items import ValueRule, value_labels
-from selfplay.metrics import RunningAuc
 from selfplay.shards import iter_traces, list_shards
 from selfplay.source import find_source
 
@@ -55,7 +53,6 @@ class States:
 
     hidden: Tensor  # [K, d] float32
     held_out: Tensor  # [K] bool: its problem is left out of the fit
-    label: Tensor  # [K] float32, mean reward of the judged chains below, NaN where none
 
 
 def export_prm(path: Path, out: Path, *, approximate: bool = False) -> dict[str, Any]:
@@ -114,9 +111,8 @@ def plain_model(policy: Policy) -> Any:
 def write_own(policy: Policy, head: ValueHead, folder: Path) -> None:
     """Write the policy's trunk with its own head, the file that `prm_model` is, and the tokenizer."""
     trunk = plain_model(policy).base_model
-    config = prm_model.ValuePrmConfig(
-        trunk=trunk.config.to_dict(), value_width=head.width, dtype=policy.model.dtype, num_labels=1
-    )
+    described = {key: value for key, value in trunk.config.to_dict().items() if key != "_name_or_path"}
+    config = prm_model.ValuePrmConfig(trunk=described, value_width=head.width, dtype=policy.model.dtype, num_labels=1)
     config.id2label, config.label2id = {0: "value"}, {"value": 0}
     model = prm_model.ValuePrm(config).to(policy.model.dtype)
     model.model.load_state_dict(trunk.state_dict())
@@ -180,22 +176,19 @@ def collect_states(policy: Policy, path: Path, limit: int = STATES) -> States:
     run = path if (path / "run.json").exists() else path.absolute().parent.parent
     hidden: list[Tensor] = []
     held_out: list[bool] = []
-    labels: list[float] = []
     for shard in reversed(list_shards(run)):
         for trace in iter_traces(shard, columns=["problem_id", "nodes"]):
-            values = value_labels(trace.tree, ValueRule.MEAN)
             # by the problem, so that no state of the fit shares a prompt with one it is measured on
             out = hashlib.sha256(trace.problem_id.encode()).digest()[0] % 2 == 1
             for nodes, states in _tree_states(policy, trace.tree):
                 hidden.append(states)
                 held_out += [out] * len(nodes)
-                labels += [float(values[n]) for n in nodes]
-        if len(labels) >= limit:
+        if len(held_out) >= limit:
             break
     if len(set(held_out)) < 2:
         raise PrmError(f"{run} has too few traces to fit a linear head and measure it; play an iteration first")
     joined = torch.cat(hidden)[:limit].float()
-    return States(joined.clone(), torch.tensor(held_out[:limit]), torch.tensor(labels[:limit]))
+    return States(joined, torch.tensor(held_out[:limit]))
 
 
 def _tree_states(policy: Policy, tree: Tree) -> Iterator[tuple[list[int], Tensor]]:
@@ -254,24 +247,16 @@ def fit_linear(logits: Tensor, states: States) -> nn.Linear:
 def measure(ours: Tensor, linear: Tensor, states: States) -> dict[str, Any]:
     """What a linear head costs on the held-out states; logits [K] of both."""
     outside = states.held_out
-    gap = (torch.sigmoid(ours) - torch.sigmoid(linear))[outside].abs()
-    judged = outside & ~torch.isnan(states.label)
+    values = torch.stack([torch.sigmoid(ours), torch.sigmoid(linear)])[:, outside].double()
+    gap = (values[0] - values[1]).abs()
     return {
         "fitted_states": int((~outside).sum()),
         "held_out_states": int(outside.sum()),
         "mean_error": float(gap.mean()),
         "p95_error": float(gap.quantile(0.95)),
         "max_error": float(gap.max()),
-        "auc_head": _auc(ours[judged], states.label[judged]),
-        "auc_linear": _auc(linear[judged], states.label[judged]),
+        "correlation": float(torch.corrcoef(values)[0, 1]),
     }
-
-
-def _auc(scores: Tensor, labels: Tensor) -> float | None:
-    auc = RunningAuc()
-    auc.add(torch.sigmoid(scores), labels)
-    value = auc.value()
-    return None if value != value else value
 
 
 def _card(facts: dict[str, Any]) -> str:
@@ -298,8 +283,7 @@ def _card(facts: dict[str, Any]) -> str:
     ]
     if facts["exact"]:
         return "\n".join([*lines, "This is the trained head itself.", ""])
-    shown = {name: "not measured" if value is None else value for name, value in facts.items()}
-    rows = ["fitted_states", "held_out_states", "mean_error", "p95_error", "max_error", "auc_head", "auc_linear"]
+    rows = ["fitted_states", "held_out_states", "mean_error", "p95_error", "max_error", "correlation"]
     return "\n".join(
         [
             *lines,
@@ -308,10 +292,7 @@ def _card(facts: dict[str, Any]) -> str:
             "",
             "| | |",
             "|---|---|",
-            *(
-                f"| {name} | {shown[name]:.4g} |" if shown[name] != "not measured" else f"| {name} | - |"
-                for name in rows
-            ),
+            *(f"| {name} | {facts[name]:.4g} |" for name in rows),
             "",
         ]
     )

@@ -306,6 +306,8 @@ def test_a_head_with_a_hidden_layer_exports_exactly_with_its_own_code_and_never_
     checkpoint = saved(tmp_path / "run", family, width=64)
     facts = export_prm(tmp_path / "run", tmp_path / f"prm_{family}")
     assert facts["exact"]
+    for file in (tmp_path / f"prm_{family}").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), "a path of this machine"
     assert facts["written_error"] < 1e-6
     # where transformers copies the code of such folders to: normally the user's cache
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -369,12 +371,12 @@ def test_the_fit_finds_a_head_that_is_linear() -> None:
     hidden = torch.randn(400, 8, generator=generator) * 3 + 1
     truth = torch.nn.Linear(8, 1)
     held_out = torch.arange(400) % 2 == 0
-    states = PrmStates(hidden, held_out, torch.full((400,), math.nan))
+    states = PrmStates(hidden, held_out)
     logits = truth(hidden)[:, 0].detach()
     linear = fit_linear(logits, states)
     figures = measure(logits, linear(hidden)[:, 0].detach(), states)
     assert figures["max_error"] < 0.02
-    assert figures["auc_head"] is None, "nothing was judged"
+    assert figures["correlation"] > 0.999
 
 
 def test_the_command_writes_a_file_and_its_figures(

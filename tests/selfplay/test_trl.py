@@ -1,7 +1,7 @@
 """TRL's own trainers take two steps on the exported files. Opt-in: TRL is installed into an environment of its own.
 
-TRL removed PRMTrainer after 1.13 (huggingface/trl pull request 7133), so that trainer comes from 1.12, put beside the
-rest of the environment without its dependencies.
+TRL removed PRMTrainer in September 2026 (huggingface/trl pull request 7133), so that trainer comes from 1.12, put
+beside the rest of the environment without its dependencies.
 """
 
 from __future__ import annotations
