@@ -51,6 +51,10 @@ def launch(
     if dry_run:
         _show_plan(load_config(config, overrides or []), as_json)
         return
+    if as_json:
+        from selfplay.errors import UserError
+
+        raise UserError("launch prints JSON with --dry-run only; add it, or leave --json out")
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
@@ -238,13 +242,20 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""
+    from selfplay.errors import UserError
+
     if form == "prm-model":
         from selfplay.export_prm import export_prm
 
+        for name, given in (("--where", where), ("--joiner", joiner), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise UserError(f"{name} is for traces and prm-model exports weights; leave it out")
         found = export_prm(path, out, approximate=approximate)
     else:
         from selfplay.export import export_path
 
+        if approximate:
+            raise UserError(f"--approximate is for prm-model, and {form} exports traces; leave it out")
         found = export_path(
             path, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
         ).data()

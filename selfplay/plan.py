@@ -15,7 +15,10 @@ from typing import Any, Final
 import torch
 from rich.table import Table
 
+from mcts.strategies import build as build_strategy
 from selfplay.config import Config
+from selfplay.objectives import build_objective
+from selfplay.objectives.base import Need
 from selfplay.plan_model import BYTES, PlanError, Shape, shape_of
 
 GIB: Final = 1024**3
@@ -137,10 +140,16 @@ class Plan:
 
 
 def make_plan(config: Config) -> Plan:
-    """The plan of a run. Raises PlanError where the model or the device's memory cannot be known."""
+    """The plan of a run. Raises PlanError where the model or the device's memory cannot be known, SettingError for a
+    strategy or objective that does not exist."""
+    build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
+    objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
     shape = shape_of(config)
     plan, cluster = config.plan, config.cluster
-    learner, worker = Load("learner", _learner(config, shape)), Load("worker", _worker(config, shape))
+    learner, worker = (
+        Load("learner", _learner(config, shape, reference=Need.REFERENCE in objective.needs)),
+        Load("worker", _worker(config, shape)),
+    )
     workers = 1 if cluster.executor == "inline" else cluster.workers
     if plan.devices == 1:
         devices: tuple[tuple[str, int], ...] = (
@@ -203,7 +212,7 @@ def _worker(config: Config, shape: Shape) -> dict[str, int]:
     }
 
 
-def _learner(config: Config, shape: Shape) -> dict[str, int]:
+def _learner(config: Config, shape: Shape, *, reference: bool) -> dict[str, int]:
     size = BYTES[config.model.dtype]
     low = 2 if config.learn.precision == "bfloat16" else size
     tokens = config.learn.batch_tokens
@@ -227,7 +236,7 @@ def _learner(config: Config, shape: Shape) -> dict[str, int]:
     }
     if low != size:
         parts["low-precision weights"] = shape.parameters * low  # autocast keeps them through a forward
-    if config.learn.objective.settings.get("kl"):
+    if reference:
         parts["reference"] = shape.weights
     return parts
 

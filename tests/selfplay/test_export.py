@@ -389,7 +389,15 @@ def test_the_command_writes_a_file_and_its_figures(
         cli.main()
     assert not ended.value.code
     assert json.loads(capsys.readouterr().out)["rows"] == 1
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    assert "exists already" in capsys.readouterr().err
+    for extra, message in (
+        ([], "exists already"),
+        (["--approximate"], "is for prm-model"),
+        (["--format", "prm-model", "--where", "won"], "leave it out"),
+    ):
+        monkeypatch.setattr(
+            "sys.argv", ["selfplay", "export", str(traces), "--format", "sft", "--out", str(out), *extra]
+        )
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

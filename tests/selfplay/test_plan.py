@@ -15,6 +15,7 @@ from mcts.engines.torch_engine import TorchEngine
 from mcts.tasks import load_task
 from selfplay import cli
 from selfplay.config import Config, load_config, parse_config
+from selfplay.errors import SettingError
 from selfplay.learner import Budget, Learner, LearnerSettings, _Phase
 from selfplay.objectives import build_objective
 from selfplay.optimizers import Optimizer, OptimizerSettings
@@ -204,6 +205,13 @@ def test_a_device_is_full_at_its_usable_memory_and_not_before() -> None:
 def test_what_cannot_be_known_is_said(overrides: list[str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         make_plan(config(*overrides))
+
+
+def test_a_part_that_does_not_exist_is_found_before_anything_else() -> None:
+    with pytest.raises(SettingError, match="nonesuch"):
+        make_plan(config("learn.objective.name=nonesuch"))
+    with pytest.raises(SettingError, match="nonesuch"):
+        make_plan(config("play.search.strategy.name=nonesuch"))
 
 
 def test_the_plan_changes_neither_traces_nor_weights() -> None:
