@@ -48,12 +48,12 @@ class Part(BaseModel):
 
 
 class LoraConfig(Section):
-    """Adapters that are trained in place of the weights."""
+    """A LoRA adapter (peft): W + alpha / rank x B A."""
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get an adapter, such as q_proj; all-linear: all but the output layer."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Endings of the names of the layers adapted (such as q_proj); all-linear: every one but the output layer."""
 
 
 class ModelConfig(Section):
@@ -70,6 +70,7 @@ class ModelConfig(Section):
     value_width: int = Field(default=64, ge=0)
     """GELU units of a new value head; 0: a linear head, which exports exactly as a token-classification model."""
     lora: LoraConfig | None = None
+    """Train a LoRA adapter on `path` instead of its weights. Checkpoints hold the adapter and the base's name."""
 
 
 class OptimizerConfig(Section):

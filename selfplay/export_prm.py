@@ -102,15 +102,9 @@ def export_prm(path: Path, out: Path, *, approximate: bool = False) -> dict[str,
     return facts
 
 
-def plain_model(policy: Policy) -> Any:
-    """The policy's model without adapters: those of peft are merged into the weights."""
-    merge = getattr(policy.model, "merge_and_unload", None)
-    return policy.model if merge is None else merge()
-
-
 def write_own(policy: Policy, head: ValueHead, folder: Path) -> None:
     """Write the policy's trunk with its own head, the file that `prm_model` is, and the tokenizer."""
-    trunk = plain_model(policy).base_model
+    trunk = policy.model.base_model
     described = {key: value for key, value in trunk.config.to_dict().items() if key != "_name_or_path"}
     config = prm_model.ValuePrmConfig(trunk=described, value_width=head.width, dtype=policy.model.dtype, num_labels=1)
     config.id2label, config.label2id = {0: "value"}, {"value": 0}
@@ -133,7 +127,7 @@ def write_stock(policy: Policy, linear: nn.Linear, folder: Path) -> None:
     PrmError where transformers has no such model for the architecture."""
     from transformers import AutoModelForTokenClassification
 
-    model = plain_model(policy)
+    model = policy.model
     config = type(model.config).from_dict({**model.config.to_dict(), "architectures": None})
     config.num_labels = 1
     config.id2label, config.label2id = {0: "value"}, {"value": 0}

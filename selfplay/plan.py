@@ -175,7 +175,7 @@ def make_plan(config: Config) -> Plan:
         search_slots=slots,
         in_flight=in_flight,
         kv_token=kv_bytes(config, shape),
-        checkpoint=shape.weights + shape.adapters + head + shape.optimizer,
+        checkpoint=(shape.adapters or shape.weights) + head + shape.optimizer,
         prompt_tokens=prompt_tokens(config),
         item_tokens=item_tokens(config),
         tokens=tokens,
@@ -205,7 +205,7 @@ def _worker(config: Config, shape: Shape) -> dict[str, int]:
     scores = rows * shape.heads * length * (2 * size + 4)  # one layer at a time
     logits = rows * shape.vocabulary * (size + 4 * _LOGIT_COPIES)
     return {
-        "weights": shape.weights + shape.adapters + 4 * shape.head_parameters,
+        "weights": shape.weights + 4 * shape.head_parameters,  # adapters are merged into them
         "KV cache, tree": config.engine.kv_slots * kv_bytes(config, shape),
         "KV cache, rows": rows * length * kv_bytes(config, shape),
         "activations": scores + logits,

@@ -137,15 +137,20 @@ def shape_of(config: Config) -> Shape:
     parameters = list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     lora = config.model.lora
-    if lora is None:
-        adapters: list[Tensor] = []
+    adapters: list[Tensor] = []
+    trainable: list[Tensor] = []
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
+    if getattr(config.model, "freeze_trunk", False):
+        pass  # the value head alone
+    elif lora is None:
         trainable = parameters
         muon = config.learn.optimizer.name == "muon"
         hidden, rest = split_parameters(model) if muon else ([], parameters)
     else:
         adapters = lora_parameters(model, lora.rank, lora.targets)
         trainable = adapters
-        hidden, rest = [], adapters
+        rest = adapters
     rest = [*rest, *head.parameters()]
     heads = int(found.num_attention_heads)
     return Shape(

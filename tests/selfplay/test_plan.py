@@ -125,10 +125,30 @@ def test_adapters_are_two_thin_matrices_per_target_in_float32() -> None:
 
 
 def test_adapters_leave_the_trunk_without_gradient_and_optimizer() -> None:
-    before, after = shape_of(config()), shape_of(config("model.lora={rank: 2, alpha: 4}"))
+    facts = "{model_type: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 50}"
+    given = ("model.path=absent/model", f"plan.architecture={facts}")
+    before, after = shape_of(config(*given)), shape_of(config(*given, "model.lora={rank: 2, alpha: 4}"))
     assert after.weights == before.weights
     assert after.gradients == after.adapters + 4 * after.head_parameters
     assert after.optimizer < before.optimizer
+
+
+def test_a_frozen_trunk_leaves_the_value_head_to_train() -> None:
+    whole = config()
+    model = whole.model.model_copy(update={"freeze_trunk": True})
+    shape = shape_of(whole.model_copy(update={"model": model}))
+    assert shape.trainable == 0
+    assert shape.gradients == 4 * shape.head_parameters
+    assert shape.optimizer == 2 * 4 * shape.head_parameters + 4 * 4, "four tensors, a step count each"
+
+
+def test_gradient_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
+    whole = config("model.fresh={width: 32, layers: 8, heads: 2}")
+    model = whole.model.model_copy(update={"gradient_checkpointing": True})
+    less = make_plan(whole.model_copy(update={"model": model})).loads[0].parts["activations"]
+    shape, tokens = shape_of(whole), whole.learn.batch_tokens
+    saved = make_plan(whole).loads[0].parts["activations"] - less
+    assert saved == tokens * (shape.activation - shape.activation // 8 - 8 * 32 * 4)
 
 
 def test_a_device_holds_what_it_shares_and_no_more() -> None:
