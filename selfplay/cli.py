@@ -41,9 +41,21 @@ def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run: print JSON")] = False,
 ) -> None:
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
+
+    if dry_run:
+        _show_plan(load_config(config, overrides or []), as_json)
+        return
+    if as_json:
+        from selfplay.errors import UserError
+
+        raise UserError("launch prints JSON with --dry-run only; add it, or leave --json out")
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
@@ -51,6 +63,24 @@ def launch(
     check_parts(resolved)
     folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
+
+
+def _show_plan(config: Any, as_json: bool) -> None:
+    """Print the plan of a run, then refuse what cannot fit."""
+    from rich.console import Console
+
+    from selfplay.plan import PlanError, make_plan
+
+    plan = make_plan(config)
+    if as_json:
+        print(json.dumps(plan.data()))
+    else:
+        console = Console()
+        console.print(plan.table())
+        for line in plan.lines():
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if plan.refusal is not None:
+        raise PlanError(plan.refusal)
 
 
 @app.command(epilog="Example: selfplay resume runs/first iterations=20")
@@ -220,6 +250,48 @@ def grade(
         print(json.dumps({"rows": [one.data() for one in graded], "totals": summary}))
     else:
         print(", ".join(f"{name} {count}" for name, count in summary.items()))
+
+
+@app.command(epilog='Example: selfplay export runs/first --format sft --where "iteration >= 3" --out data/sft.parquet')
+def export(
+    path: Annotated[
+        Path, typer.Argument(help="a run, a folder of shards, or one shard; prm-model: a run or checkpoint")
+    ],
+    form: Annotated[str, typer.Option("--format", help="sft, preference, stepwise, prm, or prm-model")],
+    out: Annotated[Path, typer.Option(help="FILE.parquet or FILE.jsonl; prm-model: a new folder")],
+    where: Annotated[str | None, typer.Option(help="filter, as inspect takes it")] = None,
+    gap: Annotated[float, typer.Option(help="preference: least difference in value between siblings")] = 0.5,
+    value: Annotated[str, typer.Option(help="preference, prm: verified (judged chains below) or search (its Q)")] = (
+        "verified"
+    ),
+    joiner: Annotated[str | None, typer.Option(help="what the task puts between steps; default: found out")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that sent chat prompts")] = None,
+    approximate: Annotated[bool, typer.Option(help="prm-model: a linear head, fitted, for stock classes")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""
+    from selfplay.errors import UserError
+
+    if form == "prm-model":
+        from selfplay.export_prm import export_prm
+
+        for name, given in (("--where", where), ("--joiner", joiner), ("--tokenizer", tokenizer)):
+            if given is not None:
+                raise UserError(f"{name} is for traces and prm-model exports weights; leave it out")
+        found = export_prm(path, out, approximate=approximate)
+    else:
+        from selfplay.export import export_path
+
+        if approximate:
+            raise UserError(f"--approximate is for prm-model, and {form} exports traces; leave it out")
+        found = export_path(
+            path, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
+        ).data()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for key, figure in found.items():
+            print(f"{key}: {figure}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,15 @@ class Part(BaseModel):
         return dict(self.model_extra or {})
 
 
+class LoraConfig(Section):
+    """A LoRA adapter (peft): W + alpha / rank x B A."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Endings of the names of the layers adapted (such as q_proj); all-linear: every one but the output layer."""
+
+
 class ModelConfig(Section):
     """The policy: a Hugging Face causal LM by path or name, or a fresh one built for the task's vocabulary."""
 
@@ -58,6 +67,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["eager", "sdpa"] = "sdpa"
     """Attention of the learner's forwards, by transformers' name; the engine brings its own."""
+    value_width: int = Field(default=64, ge=0)
+    """GELU units of a new value head; 0: a linear head, which exports exactly as a token-classification model."""
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter on `path` instead of its weights. Checkpoints hold the adapter and the base's name."""
 
 
 class OptimizerConfig(Section):
@@ -156,6 +169,31 @@ class ClusterConfig(Section):
     """Dead workers replaced before the run stops and says so."""
 
 
+class PlanConfig(Section):
+    """What `launch --dry-run` reckons with beside the rest of the config; changes no trace and no weight."""
+
+    architecture: str | dict[str, Any] | None = None
+    """A folder with the model's config.json, or the keys of one, for a model that is not on this machine yet."""
+    devices: PositiveInt = 1
+    """One: everything shares it. More: the learner has one for itself, and the workers share the others."""
+    device_memory_gib: PositiveFloat | None = None
+    """None: that of the device that `model.device` names here."""
+    headroom: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of a device's memory that is kept free: for the runtime, fragmentation and what no formula knows."""
+    prompt_tokens: PositiveInt | None = None
+    """Tokens of a typical prompt, template and examples included; None: half the context, 128 at most."""
+    item_tokens: PositiveInt | None = None
+    """Tokens of a typical training item; None: the prompt and the whole budget of a search, which is the most."""
+    play_tokens_per_second: PositiveFloat | None = None
+    """Tokens that one worker samples per second."""
+    learn_tokens_per_second: PositiveFloat | None = None
+    """Tokens that the learner trains on per second."""
+    price_per_hour: NonNegativeFloat | None = None
+    """Of one device, in any currency."""
+    measured: bool = False
+    """Whether the speeds were measured on the hardware meant; otherwise the plan calls its times unmeasured."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -169,13 +207,14 @@ class Config(Section):
     learn: LearnConfig = LearnConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    plan: PlanConfig = PlanConfig()
     keep_checkpoints: PositiveInt = 3
     """Checkpoints kept besides the first, the best on dev and those that resume needs."""
 
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""
-        fields = self.model_dump(mode="json", exclude={"cluster", "keep_checkpoints", "iterations"})
+        fields = self.model_dump(mode="json", exclude={"cluster", "plan", "keep_checkpoints", "iterations"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -50,7 +50,7 @@ def build_fresh_model(
         shutil.rmtree(building)
     building.mkdir(parents=True)
     _save_tokenizer(building, vocabulary, int(settings["max_positions"]))
-    _save_model(building, len(vocabulary) + 2, settings, seed)
+    _save_model(building, fresh_config(len(vocabulary) + 2, architecture), seed)
     os.replace(building, target)
 
 
@@ -112,12 +112,12 @@ def _save_tokenizer(folder: Path, vocabulary: Sequence[str], max_positions: int)
     ).save_pretrained(folder)
 
 
-def _save_model(folder: Path, words: int, settings: Mapping[str, int | float | bool], seed: int) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+def fresh_config(words: int, architecture: Mapping[str, Any]) -> Any:
+    """The LlamaConfig of a fresh model for a vocabulary of `words`, pad and EOS included. Raises UserError."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    settings = _settings(architecture)
+    return LlamaConfig(
         vocab_size=words,
         hidden_size=int(settings["width"]),
         intermediate_size=int(settings["intermediate"]),
@@ -131,6 +131,13 @@ def _save_model(folder: Path, words: int, settings: Mapping[str, int | float | b
         eos_token_id=1,
         bos_token_id=None,
     )
+
+
+def _save_model(folder: Path, config: Any, seed: int) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(torch.float32)

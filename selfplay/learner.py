@@ -132,7 +132,9 @@ class Learner:
         with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
             items = self.objective.prepare(traces, self._models, generator(*key, 0)) if traces else []
             size = items_per_step or self.settings.items_per_step
-            phase = _Phase(self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool)
+            phase = _Phase(
+                self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool, side_by_side
+            )
             return phase.run(budget, schedule or Schedule(), progress)
 
     def autocast(self) -> torch.autocast:
@@ -181,9 +183,11 @@ class _Phase:
         version: int | None,
         size: int,
         pool: Executor,
+        side_by_side: int,
     ) -> None:
         self.learner = learner
         self.pool = pool
+        self.side_by_side = side_by_side
         self.items = items
         self.fresh = fresh
         self.n_fresh = 0 if fresh is None else (max(1, round(fresh_share * size)) if items else size)
@@ -264,21 +268,28 @@ class _Phase:
         parts: dict[str, float] = {}
         entropies: list[Tensor] = []
         gaps: list[Tensor] = []
-        done = list(self.pool.map(lambda task: self._batch(*task), work))
-        if not all(math.isfinite(found.loss) for found in done):
-            raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
-        for (source, _, _, _), found in zip(work, done, strict=True):
+        # one at a time where nothing is side by side: of a large model, only two sets of gradients fit
+        results = self.pool.map(self._work, work) if self.side_by_side > 1 else map(self._work, work)
+        for source, *_ in work:
+            found = next(results)  # not by zip, which would hold the last ones while the next are made
+            if not math.isfinite(found.loss):
+                learner.optimizer.zero_grad()
+                raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
             learner.optimizer.accumulate(found.gradients)
             for name, value in found.parts.items():
                 name = name if source.traces else f"replay_{name}"
                 parts[name] = parts.get(name, 0.0) + value
             self._observe(source, found.outputs, found.packed, entropies, gaps, first=first)
+            del found
         norm = learner.optimizer.clip()
         if not math.isfinite(norm):
             learner.optimizer.zero_grad()
             raise NonFiniteLoss("the gradient is not a finite number; lower the learning rate")
         learner.optimizer.step(scale)
         return self._figures(sources, parts, norm, entropies, gaps)
+
+    def _work(self, task: tuple[_Source, Totals, list[int], bool]) -> _Batch:
+        return self._batch(*task)
 
     def _batch(self, source: _Source, totals: Totals, batch: list[int], is_first: bool) -> _Batch:
         """Forward and backward of one batch, touching nothing that other batches share."""

@@ -52,7 +52,7 @@ class Optimizer:
         if settings.name not in ("adamw", "muon"):
             raise ValueError(f"there is no optimiser {settings.name!r}; use adamw or muon")
         self.settings = settings
-        hidden, rest = _split(model) if settings.name == "muon" else ([], _trainable(model))
+        hidden, rest = split_parameters(model) if settings.name == "muon" else ([], _trainable(model))
         if head is not None:
             rest = rest + _trainable(head)
         self.parameters = hidden + rest
@@ -109,8 +109,8 @@ def _trainable(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden matrices, and everything else."""
+def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The trainable parameters that Muon takes (hidden matrices), and all others."""
     edge: set[int] = {id(p) for p in _edge_parameters(model)}
     hidden = [p for p in _trainable(model) if p.ndim == 2 and id(p) not in edge]
     chosen = {id(p) for p in hidden}

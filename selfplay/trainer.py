@@ -163,7 +163,8 @@ class Trainer:
             policy = load_policy(folder, device=model.device, dtype=model.dtype, attn=model.attention)
             shutil.rmtree(folder)
         if policy.head is None:
-            policy.head = ValueHead(policy.model.config.hidden_size, seed=self.config.seed).to(policy.device)
+            head = ValueHead(policy.model.config.hidden_size, model.value_width, seed=self.config.seed)
+            policy.head = head.to(policy.device)
         return policy
 
     @property

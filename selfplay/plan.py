@@ -1,0 +1,329 @@
+"""`launch --dry-run`: what a run needs, from its config alone, and whether that fits. Loads no weight.
+
+Exact, for what is built here: parameters, bytes of weights, gradients, optimiser state, keys and values, and what the
+trunk keeps for its backward pass under fused attention. Bounds: attention scores, logits and sampling. Tokens are the
+most that the config allows, times and costs follow from speeds and prices that the config states.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from rich.table import Table
+
+from mcts.strategies import build as build_strategy
+from selfplay.config import Config
+from selfplay.objectives import build_objective
+from selfplay.objectives.base import Need
+from selfplay.plan_model import BYTES, PlanError, Shape, shape_of
+
+GIB: Final = 1024**3
+_MULTIPLE: Final = 16
+_NATIVE: Final = 400
+"""Row buffers are at least so many products long; both as in `mcts.engines.torch_forward`."""
+_LOGIT_COPIES: Final = 5
+"""Float32 copies of the logits that sampling holds at its peak, beside those in the model's dtype."""
+
+__all__ = ["Load", "Plan", "PlanError", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one process keeps on its device, in bytes."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run in numbers."""
+
+    shape: Shape
+    loads: tuple[Load, ...]
+    """The learner, and one worker."""
+    devices: tuple[tuple[str, int], ...]
+    """What lies on each kind of device, and bytes."""
+    memory: int
+    """Bytes of one device."""
+    usable: int
+    """Without the headroom."""
+    search_slots: int
+    """KV slots that one search reserves."""
+    in_flight: int
+    """Searches at once per worker."""
+    kv_token: int
+    """Bytes of keys and values per token."""
+    checkpoint: int
+    """Bytes on disk."""
+    prompt_tokens: int
+    """Of a typical prompt."""
+    item_tokens: int
+    """Of a typical training item."""
+    tokens: dict[str, int]
+    """Per iteration, at most."""
+    hours: float | None
+    cost: float | None
+    measured: bool
+    iterations: int
+    refusal: str | None
+    """Why the run cannot be, in one sentence."""
+
+    def data(self) -> dict[str, Any]:
+        """For programs: bytes, tokens, hours; None where the config states no speed or price."""
+        shape = self.shape
+        return {
+            "model": shape.name,
+            "parameters": shape.parameters,
+            "trainable": shape.trainable + shape.head_parameters,
+            "bytes": {load.name: {**load.parts, "total": load.total} for load in self.loads},
+            "devices": dict(self.devices),
+            "device_memory": self.memory,
+            "usable_memory": self.usable,
+            "kv_bytes_per_token": self.kv_token,
+            "slots_per_search": self.search_slots,
+            "searches_in_flight": self.in_flight,
+            "checkpoint_bytes": self.checkpoint,
+            "prompt_tokens": self.prompt_tokens,
+            "item_tokens": self.item_tokens,
+            "tokens_per_iteration": self.tokens,
+            "hours_per_iteration": self.hours,
+            "cost_per_iteration": self.cost,
+            "measured": self.measured,
+            "refusal": self.refusal,
+        }
+
+    def table(self) -> Table:
+        """Bytes by part, for people."""
+        table = Table()
+        table.add_column("bytes on a device")
+        for load in self.loads:
+            table.add_column(load.name, justify="right")
+        for part in dict.fromkeys(part for load in self.loads for part in load.parts):
+            table.add_row(part, *(gib(load.parts[part]) if part in load.parts else "-" for load in self.loads))
+        table.add_row("total", *(gib(load.total) for load in self.loads), style="bold")
+        return table
+
+    def lines(self) -> list[str]:
+        """The rest, a sentence a line."""
+        lines = [
+            f"{self.shape.name}: {self.shape.parameters:,} parameters, "
+            f"{self.shape.trainable + self.shape.head_parameters:,} trained, the value head's included",
+        ]
+        lines += [
+            f"{name}: {gib(size)} of {gib(self.usable)} usable ({gib(self.memory)} less the headroom)"
+            for name, size in self.devices
+        ]
+        lines += [
+            f"searches in flight per worker: {self.in_flight} of {self.search_slots:,} KV slots each "
+            f"({self.kv_token:,} bytes per token)",
+            f"checkpoint on disk: {gib(self.checkpoint)}",
+            "tokens per iteration, at most: " + ", ".join(f"{name} {n:,}" for name, n in self.tokens.items()),
+            f"reckoned with prompts of {self.prompt_tokens:,} tokens and training items of {self.item_tokens:,}",
+        ]
+        if self.hours is not None:
+            what = "" if self.measured else " (unmeasured: from the speeds that the config states)"
+            cost = "" if self.cost is None else f", cost {self.cost:,.2f}"
+            total = self.hours * self.iterations
+            lines.append(f"an iteration: {self.hours:.2f} h{cost}; {self.iterations} of them: {total:.1f} h{what}")
+        else:
+            lines.append("times: state plan.play_tokens_per_second and plan.learn_tokens_per_second to have them")
+        return lines
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a run. Raises PlanError where the model or the device's memory cannot be known, SettingError for a
+    strategy or objective that does not exist."""
+    build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
+    objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    shape = shape_of(config)
+    plan, cluster = config.plan, config.cluster
+    learner, worker = (
+        Load("learner", _learner(config, shape, reference=Need.REFERENCE in objective.needs)),
+        Load("worker", _worker(config, shape)),
+    )
+    workers = 1 if cluster.executor == "inline" else cluster.workers
+    if plan.devices == 1:
+        devices: tuple[tuple[str, int], ...] = (
+            (f"learner and {workers} worker{'s' * (workers > 1)}", learner.total + workers * worker.total),
+        )
+    else:
+        each = math.ceil(workers / (plan.devices - 1))
+        devices = (("learner", learner.total), (f"{each} worker{'s' * (each > 1)}", each * worker.total))
+    memory = device_memory(config)
+    usable = int(memory * (1.0 - plan.headroom))
+    slots = prompt_tokens(config) + config.play.search.budget
+    in_flight = min(config.play.open_searches, config.engine.kv_slots // slots)
+    tokens = tokens_of(config)
+    hours = hours_of(config, tokens, workers)
+    cost = None if hours is None or plan.price_per_hour is None else hours * plan.price_per_hour * plan.devices
+    head = 4 * shape.head_parameters
+    return Plan(
+        shape=shape,
+        loads=(learner, worker),
+        devices=devices,
+        memory=memory,
+        usable=usable,
+        search_slots=slots,
+        in_flight=in_flight,
+        kv_token=kv_bytes(config, shape),
+        checkpoint=(shape.adapters or shape.weights) + head + shape.optimizer,
+        prompt_tokens=prompt_tokens(config),
+        item_tokens=item_tokens(config),
+        tokens=tokens,
+        hours=hours,
+        cost=cost,
+        measured=plan.measured,
+        iterations=config.iterations,
+        refusal=_refusal(config, shape, devices, (learner, worker), usable, memory, slots),
+    )
+
+
+def kv_bytes(config: Config, shape: Shape) -> int:
+    """Bytes of one token's keys and values in the engine."""
+    return shape.layers * 2 * shape.kv_heads * shape.head_size * BYTES[config.model.dtype]
+
+
+def row_length(config: Config, shape: Shape) -> int:
+    """Positions of the engine's row buffers once a row has been as long as the context."""
+    longest = config.engine.max_context
+    least = -(-_NATIVE // shape.head_size // _MULTIPLE) * _MULTIPLE
+    return max(least, -(-(longest + longest // 8) // _MULTIPLE) * _MULTIPLE)
+
+
+def _worker(config: Config, shape: Shape) -> dict[str, int]:
+    size, rows = BYTES[config.model.dtype], config.engine.rows
+    length = row_length(config, shape)
+    scores = rows * shape.heads * length * (2 * size + 4)  # one layer at a time
+    logits = rows * shape.vocabulary * (size + 4 * _LOGIT_COPIES)
+    return {
+        "weights": shape.weights + 4 * shape.head_parameters,  # adapters are merged into them
+        "KV cache, tree": config.engine.kv_slots * kv_bytes(config, shape),
+        "KV cache, rows": rows * length * kv_bytes(config, shape),
+        "activations": scores + logits,
+    }
+
+
+def _learner(config: Config, shape: Shape, *, reference: bool) -> dict[str, int]:
+    size = BYTES[config.model.dtype]
+    low = 2 if config.learn.precision == "bfloat16" else size
+    tokens = config.learn.batch_tokens
+    per_token = shape.activation
+    if getattr(config.model, "gradient_checkpointing", False):
+        # each layer's input, and one layer as a whole while it is computed again
+        per_token = shape.activation // shape.layers + shape.layers * shape.width * low
+    row = min(tokens, max(item_tokens(config), 1))
+    # the loss holds logits, their float32 copy and its log-softmax; the entropy of a step's first batch three more
+    logits = tokens * shape.vocabulary * (low + 20)
+    scores = shape.layers * shape.heads * tokens * row * (low + 4) if config.model.attention == "eager" else 0
+    side_by_side = config.cluster.learner_threads if config.model.device == "cpu" else 1
+    batches = -(-config.learn.items_per_step * item_tokens(config) // tokens)
+    # those summed so far and those of the batch at hand; side by side, of every batch at hand and one that waits
+    sets = min(batches, 2 if side_by_side == 1 else 2 + side_by_side)
+    parts = {
+        "weights": shape.weights + shape.adapters + 4 * shape.head_parameters,
+        "gradients": sets * shape.gradients,
+        "optimizer": shape.optimizer,
+        "activations": side_by_side * (tokens * per_token + tokens * row * low + scores + logits),
+    }
+    if low != size:
+        parts["low-precision weights"] = shape.parameters * low  # autocast keeps them through a forward
+    if reference:
+        parts["reference"] = shape.weights
+    return parts
+
+
+def prompt_tokens(config: Config) -> int:
+    """Tokens of a typical prompt, as stated or assumed."""
+    return config.plan.prompt_tokens or max(1, min(128, config.engine.max_context // 2))
+
+
+def item_tokens(config: Config) -> int:
+    """Tokens of a training item, at most a context for a path and the whole search for a tree."""
+    return config.plan.item_tokens or prompt_tokens(config) + config.play.search.budget
+
+
+def tokens_of(config: Config) -> dict[str, int]:
+    """Tokens of one iteration, at most: sampled in play, prompts computed for it, trained on. Evaluations come on
+    top."""
+    played = config.play.problems * config.play.search.budget
+    learned = config.learn.steps * config.learn.items_per_step * item_tokens(config)
+    return {"sampled": played, "prompt": config.play.problems * prompt_tokens(config), "trained": learned}
+
+
+def hours_of(config: Config, tokens: dict[str, int], workers: int) -> float | None:
+    """Hours of an iteration's play and learning, one after the other; None where a speed is not stated."""
+    plan = config.plan
+    if plan.play_tokens_per_second is None or plan.learn_tokens_per_second is None:
+        return None
+    play = tokens["sampled"] / (plan.play_tokens_per_second * workers)
+    return (play + tokens["trained"] / plan.learn_tokens_per_second) / 3600.0
+
+
+def device_memory(config: Config) -> int:
+    """Bytes of one device: as stated, else of the GPU that `model.device` names, else of this machine."""
+    if config.plan.device_memory_gib is not None:
+        return int(config.plan.device_memory_gib * GIB)
+    device = config.model.device
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    raise PlanError(f"there is no {device} here to ask for its memory; state plan.device_memory_gib")
+
+
+def _refusal(
+    config: Config,
+    shape: Shape,
+    devices: tuple[tuple[str, int], ...],
+    loads: tuple[Load, ...],
+    usable: int,
+    memory: int,
+    slots: int,
+) -> str | None:
+    engine = config.engine
+    if shape.positions and engine.max_context > shape.positions:
+        return f"the model reads at most {shape.positions} tokens; lower engine.max_context from {engine.max_context}"
+    if prompt_tokens(config) >= engine.max_context:
+        return (
+            f"a prompt of {prompt_tokens(config)} tokens leaves no room in a context of {engine.max_context}; raise "
+            "engine.max_context"
+        )
+    if slots > engine.kv_slots:
+        return (
+            f"a search may need {slots} KV slots and a worker has {engine.kv_slots}; raise engine.kv_slots or lower "
+            "play.search.budget"
+        )
+    name, size = max(devices, key=lambda entry: entry[1])
+    if size > usable:
+        load = max((one for one in loads if one.name in name), key=lambda one: one.total)
+        parts = ", ".join(f"{part} {gib(n)}" for part, n in sorted(load.parts.items(), key=lambda p: -p[1])[:3])
+        return (
+            f"{name} need {gib(size)} and a device has {gib(usable)} to use ({gib(memory)} less the headroom), most of "
+            f"it for the {load.name} ({parts}); {_advice(load)}"
+        )
+    return None
+
+
+def _advice(load: Load) -> str:
+    """What to change, by what weighs most."""
+    part = max(load.parts, key=lambda name: load.parts[name])
+    return {
+        "KV cache, tree": "lower engine.kv_slots",
+        "KV cache, rows": "lower engine.rows or engine.max_context",
+        "activations": "lower engine.rows" if load.name == "worker" else "lower learn.batch_tokens",
+        "weights": "take a smaller model, model.dtype bfloat16 or more memory",
+    }.get(part, "train adapters (model.lora), take model.dtype bfloat16, a smaller model or more memory")
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 1024**2:.2f} MiB"

@@ -1,0 +1,329 @@
+"""The plan of a run against the bytes of the real thing, and against runs that cannot fit."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mcts.engines.torch_engine import TorchEngine
+from mcts.tasks import load_task
+from selfplay import cli
+from selfplay.config import Config, load_config, parse_config
+from selfplay.errors import SettingError
+from selfplay.learner import Budget, Learner, LearnerSettings, _Phase
+from selfplay.objectives import build_objective
+from selfplay.optimizers import Optimizer, OptimizerSettings
+from selfplay.plan import GIB, PlanError, make_plan
+from selfplay.plan_model import activation_bytes, lora_parameters, meta_model, optimizer_bytes, shape_of
+from tests.models import FAMILIES, make_policy
+from tests.selfplay.tiny_run import CONFIG
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config(*overrides: str) -> Config:
+    return parse_config(CONFIG, ["plan.device_memory_gib=8", *overrides])
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_weights_are_those_of_the_loaded_model(tmp_path: Path, family: str) -> None:
+    policy = make_policy(family)
+    policy.model.save_pretrained(tmp_path)
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        shape = shape_of(config(f"model.path={tmp_path}", f"model.dtype={dtype}"))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+        assert shape.parameters == sum(p.numel() for p in loaded.parameters())
+        assert shape.weights == bytes_of(loaded.parameters()) == size * shape.parameters
+    assert policy.head is not None
+    assert shape.head_parameters == sum(p.numel() for p in policy.head.parameters())
+
+
+def test_a_public_architecture_has_its_public_number_of_parameters() -> None:
+    """Qwen2.5-1.5B: 1,543,714,304, as its safetensors index states; built in no memory."""
+    assert make_plan(load_config(CONFIGS / "gsm8k_qwen2.5-1.5b.yaml")).shape.parameters == 1_543_714_304
+    assert make_plan(load_config(CONFIGS / "math_qwen2.5-7b_lora.yaml")).shape.parameters == 7_615_616_512
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_optimizer_and_gradients_are_those_after_a_real_step(tmp_path: Path, family: str, name: str) -> None:
+    policy = make_policy(family)
+    policy.model.save_pretrained(tmp_path)
+    shape = shape_of(config(f"model.path={tmp_path}", f"learn.optimizer.name={name}"))
+    optimizer = Optimizer(policy.model, policy.head, OptimizerSettings(name=name))
+    optimizer.accumulate([torch.ones_like(p) for p in optimizer.parameters])
+    assert shape.gradients == bytes_of(p.grad for p in optimizer.parameters)
+    optimizer.step(1.0)
+    states = [
+        value
+        for one in optimizer.state_dict().values()
+        for state in one["state"].values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert shape.optimizer == bytes_of(states)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_those_that_the_engine_allocates(tmp_path: Path, family: str) -> None:
+    policy = make_policy(family)
+    policy.model.save_pretrained(tmp_path)
+    settings = config(f"model.path={tmp_path}", "engine.rows=32", "engine.kv_slots=1000", "engine.max_context=200")
+    engine = TorchEngine(policy, delimiter=";", rows=32, kv_slots=1000, context=200)
+    forward = engine.batch._forward
+    forward.fit(200)
+    worker = make_plan(settings).loads[1]
+    assert worker.parts["KV cache, tree"] == bytes_of([forward.arena])
+    assert worker.parts["KV cache, rows"] == bytes_of([forward.cache.kv])
+    forward.fit(1)
+    assert worker.parts["KV cache, rows"] >= bytes_of([forward.cache.kv])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_a_real_forward_keeps_for_its_backward(family: str) -> None:
+    """All that autograd saves in a forward under a tree mask on the CPU; the mask is counted apart."""
+    model = make_policy(family, width=64).model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    tokens, kept, alive = 96, {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            alive.append(tensor)
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mask = torch.zeros(1, 1, tokens, tokens)
+    positions = torch.arange(tokens)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(positions % 90, attention_mask=mask, position_ids=positions, use_cache=False)
+    real = (sum(kept.values()) - bytes_of([mask])) / tokens
+    planned = activation_bytes(meta_model(model.config, "float32"))
+    assert planned == pytest.approx(real, rel=0.03)
+
+
+def test_adapters_are_two_thin_matrices_per_target_in_float32() -> None:
+    """Width 32, 4 heads of 8, 2 KV heads, two layers: q is 32 x 32, v is 16 x 32."""
+    model = make_policy("llama").model
+    found = lora_parameters(model, 4, ["q_proj", "v_proj"])
+    assert sum(p.numel() for p in found) == 2 * (4 * 32 + 32 * 4 + 4 * 32 + 16 * 4)
+    every = lora_parameters(model, 4, "all-linear")
+    assert len(every) == 2 * 2 * 7, "seven matrices a layer, none of the output layer"
+    assert optimizer_bytes([], found) == 2 * 4 * sum(p.numel() for p in found) + 4 * len(found)
+    with pytest.raises(PlanError, match="check their names"):
+        lora_parameters(model, 4, ["c_attn"])
+
+
+def test_adapters_leave_the_trunk_without_gradient_and_optimizer() -> None:
+    facts = "{model_type: llama, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 50}"
+    given = ("model.path=absent/model", f"plan.architecture={facts}")
+    before, after = shape_of(config(*given)), shape_of(config(*given, "model.lora={rank: 2, alpha: 4}"))
+    assert after.weights == before.weights
+    assert after.gradients == after.adapters + 4 * after.head_parameters
+    assert after.optimizer < before.optimizer
+
+
+def test_a_frozen_trunk_leaves_the_value_head_to_train() -> None:
+    whole = config()
+    model = whole.model.model_copy(update={"freeze_trunk": True})
+    shape = shape_of(whole.model_copy(update={"model": model}))
+    assert shape.trainable == 0
+    assert shape.gradients == 4 * shape.head_parameters
+    assert shape.optimizer == 2 * 4 * shape.head_parameters + 4 * 4, "four tensors, a step count each"
+
+
+def test_gradient_checkpointing_keeps_a_layer_and_the_inputs_of_all() -> None:
+    whole = config("model.fresh={width: 32, layers: 8, heads: 2}")
+    model = whole.model.model_copy(update={"gradient_checkpointing": True})
+    less = make_plan(whole.model_copy(update={"model": model})).loads[0].parts["activations"]
+    shape, tokens = shape_of(whole), whole.learn.batch_tokens
+    saved = make_plan(whole).loads[0].parts["activations"] - less
+    assert saved == tokens * (shape.activation - shape.activation // 8 - 8 * 32 * 4)
+
+
+def test_a_device_holds_what_it_shares_and_no_more() -> None:
+    one = make_plan(config("cluster.executor=ray", "cluster.workers=3"))
+    learner, worker = one.loads
+    assert one.devices == (("learner and 3 workers", learner.total + 3 * worker.total),)
+    three = make_plan(config("cluster.executor=ray", "cluster.workers=3", "plan.devices=3"))
+    assert three.devices == (("learner", learner.total), ("2 workers", 2 * worker.total))
+    inline = make_plan(config("cluster.workers=3"))
+    assert inline.devices[0][0] == "learner and 1 worker"
+
+
+def test_a_reference_model_and_side_by_side_batches_are_counted() -> None:
+    plain = make_plan(config()).loads[0].parts
+    assert "reference" not in plain
+    kl = make_plan(config("learn.objective.name=alphazero", "learn.objective.kl=0.1")).loads[0].parts
+    assert kl["reference"] == kl["weights"] - 4 * make_plan(config()).shape.head_parameters
+    twice = make_plan(config("cluster.learner_threads=2")).loads[0].parts
+    assert twice["activations"] == 2 * plain["activations"]
+
+
+def test_searches_tokens_hours_and_cost_follow_from_the_config() -> None:
+    """Prompts of 20 and budgets of 96: 116 slots of 8,192. 24 x 96 sampled at 10/s, 4 x 16 x 116 trained at 100/s."""
+    plan = make_plan(
+        config(
+            "plan.prompt_tokens=20", "plan.play_tokens_per_second=10", "plan.learn_tokens_per_second=100",
+            "plan.price_per_hour=3.6", "play.open_searches=1000",
+        )
+    )  # fmt: skip
+    assert plan.in_flight == 8192 // 116 == 70
+    assert plan.tokens == {"sampled": 2304, "prompt": 480, "trained": 7424}
+    assert plan.hours == pytest.approx((230.4 + 74.24) / 3600)
+    assert plan.cost == pytest.approx(3.6 * (230.4 + 74.24) / 3600)
+    assert any("unmeasured" in line for line in plan.lines())
+    assert make_plan(config("plan.play_tokens_per_second=10")).hours is None, "half the speeds give no time"
+    assert make_plan(config("play.open_searches=5")).in_flight == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["plan.device_memory_gib=0.001"], "to use"),
+        (["engine.kv_slots=100000000"], "lower engine.kv_slots"),
+        (["engine.kv_slots=100"], "a search may need 128 KV slots and a worker has 100"),
+        (["learn.batch_tokens=100000000"], "lower learn.batch_tokens"),
+        (["engine.max_context=512"], "reads at most 256 tokens"),
+        (["plan.prompt_tokens=64"], "leaves no room in a context of 64"),
+    ],
+)
+def test_what_cannot_fit_is_refused_in_one_sentence_that_says_what_to_change(
+    overrides: list[str], sentence: str
+) -> None:
+    refusal = make_plan(config(*overrides)).refusal
+    assert refusal is not None
+    assert sentence in refusal
+
+
+def test_a_device_is_full_at_its_usable_memory_and_not_before() -> None:
+    need = make_plan(config()).devices[0][1]
+    assert make_plan(config(f"plan.device_memory_gib={(need + 1024) / 0.9 / GIB}")).refusal is None
+    assert make_plan(config(f"plan.device_memory_gib={(need - 1024) / 0.9 / GIB}")).refusal is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=absent/model"], "state plan.architecture"),
+        (["model.path=absent/model", "plan.architecture={hidden_size: 8}"], "names no model_type"),
+        (["model.path=absent/model", "plan.architecture={model_type: nonesuch}"], "knows no model_type"),
+        (["model.path=absent/model", "plan.architecture=absent/too"], "cannot read"),
+        (["model.device=cuda:99", "plan.device_memory_gib=null"], "state plan.device_memory_gib"),
+    ],
+)
+def test_what_cannot_be_known_is_said(overrides: list[str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan(config(*overrides))
+
+
+def test_a_part_that_does_not_exist_is_found_before_anything_else() -> None:
+    with pytest.raises(SettingError, match="nonesuch"):
+        make_plan(config("learn.objective.name=nonesuch"))
+    with pytest.raises(SettingError, match="nonesuch"):
+        make_plan(config("play.search.strategy.name=nonesuch"))
+
+
+def test_the_plan_changes_neither_traces_nor_weights() -> None:
+    assert config("plan.prompt_tokens=7").hash() == config().hash()
+
+
+def test_the_command_loads_nothing_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["selfplay", "launch", "tiny.yaml", "--dry-run", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    code, out, _ = run("--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["parameters"] > 10_000
+    assert facts["refusal"] is None
+    code, out, _ = run()
+    assert code == 0
+    assert f"{facts['parameters']:,} parameters" in out
+    code, out, err = run("--json", "plan.device_memory_gib=0.001")
+    assert code == 2
+    assert json.loads(out)["refusal"] in err
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.yaml"], "no run folder"
+
+
+def test_the_learner_really_holds_no_more_than_two_sets_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    inner = _Phase._batch
+
+    def counted(self: _Phase, *task: Any) -> Any:
+        nonlocal most
+        found = inner(self, *task)
+        alive.append(weakref.ref(found.gradients[0]))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return found
+
+    monkeypatch.setattr(_Phase, "_batch", counted)
+    policy = make_policy("llama")
+    settings = LearnerSettings(items_per_step=16, batch_tokens=64, threads=1, max_length=64)
+    learner = Learner(policy, build_objective("sft"), settings)
+    examples = load_task("countdown", numbers=3).warmup(0)
+    learner.learn(0, [], Budget(steps=2), fresh=examples, fresh_share=1.0)
+    assert len(alive) > 6, "several batches a step"
+    assert most == 2
+
+
+def test_what_the_learner_is_planned_to_hold_is_what_it_holds(tmp_path: Path) -> None:
+    policy = make_policy("llama")
+    policy.model.save_pretrained(tmp_path)
+    shape = shape_of(config(f"model.path={tmp_path}"))
+    learner = Learner(policy, build_objective("sft"), LearnerSettings())
+    held = bytes_of(learner.policy.model.parameters()) + bytes_of(learner.policy.head.parameters())
+    assert make_plan(config(f"model.path={tmp_path}")).loads[0].parts["weights"] == held
+    assert shape.trainable + shape.head_parameters == sum(p.numel() for p in learner.optimizer.parameters)
+
+
+def test_gradients_are_held_twice_where_a_step_takes_several_batches() -> None:
+    """16 items of 100 tokens: one batch of 1,600 tokens, or two of 800, or many of 100."""
+    shape = shape_of(config())
+    for size, sets in ((1600, 1), (800, 2), (100, 2)):
+        plan = make_plan(config("plan.item_tokens=100", f"learn.batch_tokens={size}"))
+        assert plan.loads[0].parts["gradients"] == sets * shape.gradients
+
+
+@pytest.mark.parametrize("name", ["gsm8k_qwen2.5-1.5b", "math_qwen2.5-7b_lora"])
+def test_the_comment_of_a_config_states_the_plan_that_is_computed_for_it(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    plan = make_plan(load_config(path))
+    assert plan.refusal is None
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    learner, worker = plan.loads
+    assert plan.hours is not None
+    assert plan.cost is not None
+    for part in (
+        f"{plan.shape.parameters:,} parameters",
+        f"{plan.devices[0][1] / GIB:.1f} GiB of {plan.usable / GIB:.1f} usable",
+        f"learner {learner.total / GIB:.1f}",
+        f"worker {worker.total / GIB:.1f}",
+        f"{plan.in_flight} searches in flight",
+        f"{plan.tokens['sampled']:,} tokens sampled",
+        f"{plan.hours:.2f} h",
+        f"{plan.cost:.2f} dollars",
+        "Unmeasured",
+    ):
+        assert part in comment, part
