@@ -1,6 +1,6 @@
 """Verdicts per second of the maths verifier, idle and under load, and whether load changes a verdict.
 
-    python scripts/bench_verify.py [--pairs 10000] [--threads 4] [--out bench/verify.json]
+    python scripts/bench_verify.py [--pairs 10000] [--formulas 0.15] [--threads 4] [--out bench/verify.json]
 
 Pairs are made from a fixed seed: numbers, formulas, intervals, lists, wrong ones among them, and a few that run into
 the CPU limit. Each pass has a verifier and workers of its own and remembers nothing. The loaded pass runs beside two
@@ -25,13 +25,18 @@ from typing import Any
 from mcts.verify.math import MathVerifier
 
 
-def make_pairs(count: int) -> list[tuple[str, str]]:
-    """`count` different pairs of gold and prediction, from seed 0."""
+def make_pairs(count: int, formulas: float) -> list[tuple[str, str]]:
+    """`count` different pairs of gold and prediction, from seed 0; the share `formulas` needs a worker."""
     draw = random.Random(0)
     pairs = []
     for number in range(count):
         a, b, c = (draw.randrange(2, 99) for _ in range(3))
         off = draw.choice((0, 0, 1))
+        if draw.random() >= formulas:
+            pairs.append(
+                draw.choice(((f"{number}", f"{number + off}"), (f"{a}/{b}", rf"\frac{{{a * c + off}}}{{{b * c}}}")))
+            )
+            continue
         pairs.append(
             draw.choice(
                 (
@@ -84,8 +89,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--formulas", type=float, default=0.15, help="share of pairs that are no plain numbers")
     arguments = parser.parse_args()
-    pairs = make_pairs(arguments.pairs)
+    pairs = make_pairs(arguments.pairs, arguments.formulas)
     idle, first = measure(pairs, arguments.threads)
     spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
     try:
