@@ -1,0 +1,67 @@
+"""Answers are taken from the final marker, after any thinking, and several candidates are none."""
+
+from __future__ import annotations
+
+import pytest
+
+from mcts.verify.extract import Extracted, Refusal, extract, find_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "answer", "rule"),
+    [
+        (r"so \boxed{\frac{1}{2}} it is", "math", r"\frac{1}{2}", "boxed"),
+        (r"\boxed{\{1, \{2\}\}}", "math", r"\{1, \{2\}\}", "boxed"),
+        (r"\boxed{\boxed{7}}", "math", "7", "boxed"),
+        (r"\boxed 7", "math", "7", "boxed"),
+        (r"\fbox{7}", "math", "7", "boxed"),
+        (r"\boxed{7} and again \boxed{ 7 }", "math", "7", "boxed"),
+        (r"\boxed{1} and $\boxed{-2}$", "math", "1, -2", "boxes"),
+        ("16 - 3 = 13\n#### 18", "number", "18", "####"),
+        ("The answer is 18 dollars.", "number", "18 dollars", "phrase"),
+        ("The answer is: **18**.", "number", "18", "phrase"),
+        ("The answer is that she earns 18 dollars", "number", "18", "phrase"),
+        ("the answer is $x=3$. I hope it is correct.", "math", "x=3", "phrase"),
+        ("The answer is 16386.16.", "math", "16386.16", "phrase"),
+        ("Final Answer: The volume of $ABCD$ is 120. I hope it is correct.", "math", "120", "phrase"),
+        (r"first \boxed{255}. Final Answer: The final answer is 10455.", "math", "10455", "phrase"),
+        (r"<think>\boxed{3}</think>\boxed{4}", "math", "4", "boxed"),
+        ("The answer is (B).", "choice", "B", "phrase"),
+        ("The answer is for sure D, it can't be A or B", "choice", "D", "phrase"),
+        (r"\boxed{\text{(C)}}", "choice", "C", "boxed"),
+        ("Answer: the Cat", "exact", "the Cat", "phrase"),
+    ],
+)
+def test_the_final_marker_gives_the_answer(text: str, kind: str, answer: str, rule: str) -> None:
+    assert extract(text, kind) == Extracted(answer, rule)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "why"),
+    [
+        ("it is 18", "number", "no answer marker"),
+        ("", "math", "no answer marker"),
+        (r"<think>\boxed{3}", "math", "not closed"),
+        (r"<think>a</think><think>\boxed{3}", "math", "not closed"),
+        (r"<think>\boxed{3}</think> hm", "math", "no answer marker"),
+        (r"\boxed{17} then \boxed{18}", "math", "several boxes differ"),
+        (r"\boxed{18", "math", "a box is not closed"),
+        (r"\boxed{}", "math", "followed by nothing"),
+        ("#### 17\n#### 18", "number", "several #### lines differ"),
+        ("\\boxed{17}\n#### 18", "number", "differ"),
+        ("The answer is 17. The answer is 18.", "number", "several answers"),
+        ("The answer is 17 or 18", "number", "several numbers"),
+        ("The answer is A or B", "choice", "not one option"),
+        ("The answer is A, or B", "choice", "not one option"),
+    ],
+)
+def test_no_marker_or_several_candidates_are_no_answer(text: str, kind: str, why: str) -> None:
+    assert extract(text, kind) is None
+    found = find_answer(text, kind)
+    assert isinstance(found, Refusal)
+    assert why in found.why
+
+
+def test_an_unknown_kind_is_said() -> None:
+    with pytest.raises(ValueError, match="no kind of answer 'maths': choose one of math"):
+        extract("1", "maths")
