@@ -286,16 +286,17 @@ def test_after_failures_in_a_row_one_call_alone_probes_the_server(server: FakeSe
     server.faults = deque(["500"] * 20)
     engine = make(server, folder, patience)
     assert ask(engine, n=1, temperature=0.0).error is None  # opens the breaker: 20 failures, one call
-    server.most = 0
     server.faults = deque(["500"] * 30)
     ids = engine.encode(PROMPT)
     assert engine.open(1, ids, 1000)
     engine.client._row = patience.trip  # the breaker is open when the calls come
     for i in range(8):
         engine.submit(Request(i, 1, ids, 1, 6, seed=4))
+    most = 0
     while len(server.seen) < 40:
-        engine.poll()
-    assert server.most == 1
+        engine.client.poll(0.001)
+        most = max(most, len(engine.client._running))
+    assert most == 1
     client.close()
     engine.shutdown()
 
@@ -448,3 +449,49 @@ def test_a_client_forgets_a_cancelled_call(server: FakeServer) -> None:
     client.cancel("a")
     assert client.poll(0.0) == []
     assert isinstance(client.call("/nowhere"), Failure)
+
+
+# ---- chosen by the config
+
+
+def served_config(server: FakeServer, **fields: Any) -> Any:
+    from selfplay.config import Config
+
+    return Config.model_validate(
+        {
+            "task": {"name": "countdown", "numbers": 3},
+            "play": {"search": {"strategy": {"name": "best_of_n", "n": 2}, "budget": 120}},
+            "engine": {"kind": "server", "server": {"url": server.url, "model": "tiny", **fields}},
+        }
+    )
+
+
+def test_the_config_chooses_the_server_and_what_it_needs(server: FakeServer, folder: Path) -> None:
+    from selfplay.worker import make_engine
+
+    config = served_config(server, value="local", dialect="sglang", reload={"preset": "sglang"})
+    task = load_task("countdown", numbers=3)
+    made = make_engine(config, folder / "policy", folder / "value_head.safetensors", 4, task)
+    assert isinstance(made, ServerEngine)
+    assert (made.version, server.version) == (4, 4)
+    assert not math.isnan(ask(made).prefix_value)
+
+
+def test_a_server_engine_without_its_section_is_refused(server: FakeServer) -> None:
+    from selfplay.config import ConfigError, parse_config
+
+    text = served_config(server).to_yaml()
+    assert parse_config(text).engine.kind == "server"
+    with pytest.raises(ConfigError, match="belong together"):
+        parse_config(text, ["engine.server=null"])
+
+
+def test_a_missing_key_is_named_by_its_variable(
+    server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfplay.worker import make_engine
+
+    monkeypatch.delenv("SOME_SERVER_KEY", raising=False)
+    config = served_config(server, api_key_env="SOME_SERVER_KEY")
+    with pytest.raises(ValueError, match="SOME_SERVER_KEY is not set"):
+        make_engine(config, folder / "policy", None, 0, load_task("countdown", numbers=3))
