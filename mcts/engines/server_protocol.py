@@ -197,8 +197,8 @@ def _stop(choice: Mapping[str, Any], ids: Sequence[int], asked: Asked, text: Tex
         )
     else:
         raise Omission(
-            "the server returned a choice that ended by stop without the token that ended it: it drops EOS or stop "
-            "tokens from what it returns"
+            f"the server returned a choice that ended by stop (stop_reason {choice.get('stop_reason')!r}, last tokens "
+            f"{list(ids[-2:])}) without the token that ended it: it drops EOS or stop tokens from what it returns"
         )
     said = choice.get("text")
     if not isinstance(said, str):
