@@ -74,7 +74,7 @@ def test_served_log_probabilities_are_the_folders_own(engine: ServerEngine) -> N
 def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerEngine) -> None:
     """A tree grown path by path: every prefix finds the blocks of tokens that were forwarded before it (all but the
     last token of what was drawn, and always one token less than itself)."""
-    base = engine.encode(f"{PROMPT}{os.urandom(8).hex()} ")
+    base = engine.encode(f"{os.urandom(8).hex()} {PROMPT}")
     known: set[tuple[int, ...]] = set()
     assert engine.open(1, base, 3000)
     rows, frontier, count = [], [base], 0
@@ -84,7 +84,9 @@ def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerE
             engine.submit(Request(count, 1, prefix, 3, 24, seed=count))
             reply = drain(engine, 1)[count]
             count += 1
-            assert reply.error is None
+            if reply.error is not None:  # vLLM lets text of a prefix that is no valid UTF-8 leak into the output
+                assert "without the token that ended it" in reply.error
+                continue
             ids = prefix.tolist()
             expected = 0
             while expected + BLOCK < len(ids) and tuple(ids[: expected + BLOCK]) in known:
@@ -97,6 +99,7 @@ def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerE
         frontier = below
     print(f"{len(rows)} requests (prefix, cached, whole blocks shared): {rows}")
     assert [cached for _, cached, _ in rows] == [expected for _, _, expected in rows]
+    assert len(rows) >= 5
     assert sum(cached for _, cached, _ in rows) > 0
     engine.close(1)
 
