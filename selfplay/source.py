@@ -13,6 +13,7 @@ from selfplay.config import Config, EngineConfig, Part, PlayConfig, SearchConfig
 from selfplay.errors import UserError
 
 if TYPE_CHECKING:
+    from mcts.engines.server import ServerEngine
     from mcts.engines.torch_engine import TorchEngine
     from mcts.tasks.base import Task
 
@@ -46,7 +47,7 @@ class Source:
 
         return load_task(self.config.task.name, **self.config.task.settings)
 
-    def load_engine(self, task: Task) -> TorchEngine:
+    def load_engine(self, task: Task) -> TorchEngine | ServerEngine:
         from selfplay.worker import make_engine
 
         return make_engine(self.config, self.policy, self.value_head, self.version, task)

@@ -20,6 +20,7 @@ from selfplay.shards import shard_name, write_pending
 from selfplay.traces import TraceContext, to_row
 
 if TYPE_CHECKING:
+    from mcts.engines.server import ServerEngine
     from mcts.engines.torch_engine import TorchEngine
     from mcts.tasks.base import Task
 
@@ -85,8 +86,14 @@ def stream_seed(*key: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def make_engine(config: Config, policy_folder: Path, value_head: Path | None, version: int, task: Task) -> TorchEngine:
-    """The torch engine on the weights in a checkpoint."""
+def make_engine(
+    config: Config, policy_folder: Path, value_head: Path | None, version: int, task: Task
+) -> TorchEngine | ServerEngine:
+    """The engine that the config names, on the weights in a checkpoint."""
+    if config.engine.kind == "server":
+        from selfplay.served import make_server_engine
+
+        return make_server_engine(config, policy_folder, value_head, version, task)
     from mcts.engines.model import load_policy
     from mcts.engines.torch_engine import TorchEngine
 
@@ -126,7 +133,7 @@ class Worker:
         self.config = config
         self.run = run
         self.task = load_task(config.task.name, **config.task.settings)
-        self._engine: TorchEngine | None = None
+        self._engine: TorchEngine | ServerEngine | None = None
         self._driver: Driver | None = None
         self._complete: deque[Unit] = deque()
         self._results: dict[str, dict[int, SearchResult]] = {}
@@ -144,7 +151,7 @@ class Worker:
             self._engine.load(str(checkpoint), version)
 
     @property
-    def engine(self) -> TorchEngine:
+    def engine(self) -> TorchEngine | ServerEngine:
         if self._engine is None:
             raise RuntimeError("load a checkpoint before playing")
         return self._engine

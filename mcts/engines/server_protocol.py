@@ -1,0 +1,213 @@
+"""What is asked of an OpenAI-compatible `/v1/completions`, and whether that is what came back.
+
+Servers leave out what they do not know and say nothing (`n`, `logprobs`, `stop`), so every answer is checked; the
+first thing that is missing is named in one sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mcts.engines.server_text import Text
+from mcts.types import Float32, Request, Step, Stop
+
+Dialect = Literal["vllm", "sglang", "openai"]
+
+DIALECTS: dict[str, dict[str, Any]] = {
+    # A server takes the model's generation_config.json as defaults: whatever bends the distribution is set to neutral.
+    "vllm": {
+        "return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False,
+    },
+    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "openai": {},
+}  # fmt: skip
+"""What each kind of server is asked beside the common fields."""
+
+SEED_BITS = 53
+"""Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
+
+
+class Omission(Exception):
+    """The server did not do what was asked of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One call: `n` choices after `prefix`, of at most `max_tokens` tokens each."""
+
+    model: str
+    prefix: tuple[int, ...]
+    n: int
+    max_tokens: int
+    greedy: bool
+    bent: bool
+    """Sampled otherwise than at temperature 1 and top_p 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drew:
+    """What a checked answer holds."""
+
+    steps: tuple[Step, ...]  # [n], in sample order, without values
+    prompt: int
+    """Prefix tokens that the server forwarded."""
+    cached: int
+
+
+def payload(
+    request: Request, asked: Asked, text: Text, first: int, dialect: str, written: str | None, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The JSON body for samples first .. first + asked.n - 1 of a request. `written`: the prefix as text, None to
+    send its token ids."""
+    return {
+        "model": asked.model,
+        "prompt": list(asked.prefix) if written is None else written,
+        "n": asked.n,
+        "max_tokens": asked.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": (request.seed & ((1 << SEED_BITS) - 1)) + first,
+        "stop": [text.delimiter],
+        "logprobs": 1,
+        "stream": False,
+        **DIALECTS[dialect],
+        **extra,
+    }
+
+
+def read(answer: object, asked: Asked, text: Text) -> Drew:
+    """The steps in a server's answer. Raises Omission."""
+    if not isinstance(answer, dict):
+        raise Omission("the server's answer is no JSON object")
+    if answer.get("model") != asked.model:
+        raise Omission(f"the server answered with model {answer.get('model')!r} where {asked.model!r} was asked for")
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != asked.n:
+        count = len(choices) if isinstance(choices, list) else 0
+        raise Omission(
+            f"the server returned {count} choices where n={asked.n} was asked for: if it ignores n, set "
+            "engine.server.split to true"
+        )
+    by_index = {c.get("index"): c for c in choices if isinstance(c, dict)}
+    if set(by_index) != set(range(asked.n)):
+        raise Omission(f"the server's choices are not numbered 0 to {asked.n - 1}")
+    steps = tuple(_step(by_index[i], asked, text) for i in range(asked.n))
+    prompt, cached = _usage(answer.get("usage"), asked, sum(len(step.token_ids) for step in steps))
+    return Drew(steps, prompt - cached, cached)
+
+
+def _usage(usage: object, asked: Asked, drawn: int) -> tuple[int, int]:
+    if not isinstance(usage, dict) or not _count(usage.get("prompt_tokens")):
+        raise Omission("the server reports no usage.prompt_tokens, so a cut prompt could not be noticed")
+    prompt = int(usage["prompt_tokens"])
+    if prompt != len(asked.prefix):
+        raise Omission(
+            f"the server read a prompt of {prompt} tokens where {len(asked.prefix)} were sent: it cuts prompts, adds "
+            "tokens, or has another tokenizer"
+        )
+    if usage.get("completion_tokens") != drawn:
+        raise Omission(
+            f"the server reports {usage.get('completion_tokens')} drawn tokens but returned {drawn}: tokens are missing"
+        )
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    if cached is None:
+        return prompt, 0
+    if not _count(cached) or cached > prompt:
+        raise Omission(f"the server reports {cached!r} cached tokens of a prompt of {prompt}")
+    return prompt, int(cached)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _step(choice: Mapping[str, Any], asked: Asked, text: Text) -> Step:
+    logprobs = choice.get("logprobs")
+    if not isinstance(logprobs, dict) or not isinstance(logprobs.get("token_logprobs"), list):
+        raise Omission("the server returned no logprobs although logprobs=1 was asked for: use a server that has them")
+    values = logprobs["token_logprobs"]
+    ids = _token_ids(choice, logprobs, text)
+    if len(ids) != len(values):
+        raise Omission(f"the server returned {len(ids)} token ids with {len(values)} log-probabilities")
+    if not 1 <= len(ids) <= asked.max_tokens:
+        raise Omission(f"the server returned {len(ids)} tokens where 1 to {asked.max_tokens} were asked for")
+    if not all(_real(value) for value in values):
+        raise Omission("the server returned a log-probability that is no number of at most 0")
+    token_ids = np.array(ids, dtype=np.int32)
+    row = np.minimum(np.array(values, dtype=np.float32), np.float32(0.0))
+    stop = _stop(choice, ids, asked, text)
+    return Step(text.decode(ids), token_ids, row, stop, behavior_logprobs=_behavior(row, asked))
+
+
+def _behavior(row: Float32, asked: Asked) -> Float32 | None:
+    """Greedy draws are certain. Under another temperature or top_p no server says what a token's odds were: NaN."""
+    if asked.greedy:
+        return np.zeros_like(row)
+    return np.full_like(row, math.nan) if asked.bent else None
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value <= 1e-3
+
+
+def _token_ids(choice: Mapping[str, Any], logprobs: Mapping[str, Any], text: Text) -> list[int]:
+    """The drawn tokens: as the server returns them, else from how it writes each one where that is exact."""
+    given = choice.get("token_ids")
+    if given is None:
+        tokens = logprobs.get("tokens")
+        if not isinstance(tokens, list):
+            raise Omission("the server returned neither token_ids nor logprobs.tokens: use a server that has one")
+        given = [text.token_of(token) if isinstance(token, str) else None for token in tokens]
+        if None in given:
+            written = tokens[given.index(None)]
+            raise Omission(
+                f"the server returned no token ids, and {written!r} is not exactly one token of the tokenizer: use a "
+                "server with return_token_ids"
+            )
+    if not isinstance(given, list) or not all(_count(i) and i < text.size for i in given):
+        raise Omission(f"the server returned token ids outside the tokenizer's 0 to {text.size - 1}")
+    return given
+
+
+def _stop(choice: Mapping[str, Any], ids: Sequence[int], asked: Asked, text: Text) -> Stop:
+    """Why the step ended, by its tokens; the server's word must agree. A delimiter may end inside the last token:
+    what that token holds behind it stays in the step."""
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise Omission(f"the server ended a choice with finish_reason {reason!r}, which is neither stop nor length")
+    if text.eos_ids.intersection(ids[:-1]) or text.delimiter in text.decode(ids[:-1]):
+        raise Omission("the server drew on behind the end of a step: it ignored stop, or stops on other tokens")
+    whole = text.decode(ids)
+    if ids[-1] in text.eos_ids:
+        stop, shown = Stop.EOS, whole
+    elif text.delimiter in whole:
+        stop, shown = Stop.DELIMITER, whole[: whole.index(text.delimiter)]
+    elif reason == "length" and len(ids) == asked.max_tokens:
+        stop, shown = Stop.LENGTH, whole
+    elif reason == "length":
+        raise Omission(
+            f"the server stopped for length after {len(ids)} of {asked.max_tokens} tokens: lower engine.max_context to "
+            "what it serves"
+        )
+    else:
+        raise Omission(
+            f"the server returned a choice that ended by stop (stop_reason {choice.get('stop_reason')!r}, last tokens "
+            f"{list(ids[-2:])}) without the token that ended it: it drops EOS or stop tokens from what it returns"
+        )
+    said = choice.get("text")
+    if not isinstance(said, str):
+        raise Omission("the server returned a choice without text")
+    if _bare(said) not in (_bare(shown), _bare(whole)):
+        raise Omission(f"the server's text {said[:40]!r} is not what its tokens say ({shown[:40]!r})")
+    return stop
+
+
+def _bare(text: str) -> str:
+    """Without what detokenizers differ in: outer spaces, and characters whose bytes are incomplete."""
+    return text.strip().strip("\ufffd").strip()
