@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -95,7 +96,8 @@ def _drive(run: Any) -> None:
     shown = _shown(run.path)
     console.print(final_table(rows))
     console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
-    for command in (f"inspect {shown} --sample 3", f"solve {shown} '{_example(run.config)}'", f"evaluate {shown}"):
+    solve = f"solve {shown} {shlex.quote(_example(run.config))}"
+    for command in (f"inspect {shown} --sample 3", solve, f"evaluate {shown}"):
         console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -108,7 +110,11 @@ def _example(config: Any) -> str:
     """A held-out problem of the run's task, as `solve` takes it."""
     from mcts.tasks import load_task
 
-    prompt = load_task(config.task.name, **config.task.settings).problems("heldout")[0].prompt
+    task: Any = load_task(config.task.name, **config.task.settings)
+    problem = task.problems("heldout")[0]
+    if hasattr(task, "typed"):  # a task whose prompt is more than what a user types
+        return str(task.typed(problem))
+    prompt = problem.prompt
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
@@ -192,6 +198,28 @@ def solve(
     )
     if not solved:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: selfplay grade answers.jsonl --verifier math")
+def grade(
+    file: Annotated[Path, typer.Argument(help="JSONL of rows with the texts gold and prediction")],
+    verifier: Annotated[str, typer.Option(help="math, number, choice, exact, or a dotted path to your own")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Verdicts for a file of gold and prediction rows, each with its reason, and the totals."""
+    from selfplay.grade import grade_file, totals
+
+    graded = []
+    for one in grade_file(file, verifier):
+        graded.append(one)
+        if not as_json:
+            note = "" if one.agrees is not False else "  (not as expected)"
+            print(f"{one.row}\t{one.verdict.status.value}\t{one.verdict.extracted!r}\t{one.verdict.why}{note}")
+    summary = totals(graded)
+    if as_json:
+        print(json.dumps({"rows": [one.data() for one in graded], "totals": summary}))
+    else:
+        print(", ".join(f"{name} {count}" for name, count in summary.items()))
 
 
 if __name__ == "__main__":

@@ -111,12 +111,17 @@ class InlineExecutor:
 def check_parts(config: Config) -> None:
     """Build every part that the config names by hand, so that a wrong name or setting is found before anything is
     written. Raises SettingError."""
-    load_task(config.task.name, **config.task.settings)
+    task = load_task(config.task.name, **config.task.settings)
+    for split in ("heldout", "dev"):
+        task.problems(split)  # a bad problem file is found here too
+    if config.warmup.steps or config.learn.replay:
+        task.warmup(config.seed)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
     build_objective(config.learn.objective.name, **config.learn.objective.settings)
     if config.model.path is not None:
         check_folder(config.model.path, config.engine.max_context)
     else:
+        task.vocabulary()
         check_architecture(config.model.fresh)
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from mcts.context import SearchContext, Strategy
 from mcts.search import Driver
 from mcts.tree import ROOT, Tree
-from mcts.types import SearchResult
+from mcts.types import SearchResult, Status
 from mcts.waves import Outcome, Replies, Wave
 from selfplay.inspect import render_tree
 from selfplay.source import find_source, parse_search
@@ -96,7 +96,10 @@ def _conclude(result: SearchResult, joiner: str, seconds: float, console: Consol
     else:
         steps = [step.text for node in tree.path(result.chosen) if (step := tree.steps[node]) is not None]
         verdict = result.verdict
-        says = "unverified" if verdict is None else verdict.status.value
+        if verdict is None or (verdict.status is Status.ERROR and result.problem.reference is None):
+            says = "unverified"  # a question of the user's own has no gold answer
+        else:
+            says = verdict.status.value
         colour = "green" if verdict is not None and verdict.won else "yellow"
         console.print(f"\n[bold]{escape(joiner.join(steps))}[/bold]", highlight=False)
         console.print(f"answer {escape(str(result.answer))}: [{colour}]{says}[/]; {cost}", highlight=False)

@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MCTS_ROOMS: dict[str, set[str]] = {
     "types": set(),
     "rng": set(),
+    "registry": {"types"},
     "budget": {"types"},
     "tree": {"types"},
-    "verify": {"types"},
+    "verify": {"types", "registry"},
     "engines": {"types", "rng"},
-    "tasks": {"types", "rng", "verify"},
+    "tasks": {"types", "rng", "registry", "verify"},
     "waves": {"types"},
     "selection": {"types", "tree"},
     "policy": {"types", "tree", "selection"},
@@ -31,8 +32,8 @@ MCTS_ROOMS: dict[str, set[str]] = {
 """What each room of mcts may import at run time, itself and its own files beside it."""
 
 SELFPLAY_FLOORS: dict[str, int] = {
-    "config": 0, "traces": 0, "shards": 1, "packing": 2, "objectives": 3, "inspect": 3, "learner": 4, "worker": 4,
-    "evaluate": 4, "checkpoint": 4, "loop": 5, "cluster": 6, "cli": 7,
+    "config": 0, "traces": 0, "shards": 1, "packing": 2, "objectives": 3, "inspect": 3, "grade": 3, "learner": 4,
+    "worker": 4, "evaluate": 4, "checkpoint": 4, "loop": 5, "cluster": 6, "cli": 7,
 }  # fmt: skip
 """A room of selfplay imports rooms of its own floor or lower ones."""
 

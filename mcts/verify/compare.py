@@ -1,0 +1,442 @@
+"""Are two readings the same mathematical object? Runs in a worker only: formulas go to math-verify's parser and sympy.
+
+The comparison is ours because math-verify's own rounds to 15 digits (2^-99 is 2^-98), takes the last side of any chain
+(`17 = 18` is 18) and lets a set pass for a tuple. Two formulas are equal if their difference vanishes at points where
+both are defined, each evaluated until it has 15 correct digits or until 1,000 digits of the terms have cancelled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from sympy.core.evalf import PrecisionExhausted
+from sympy.core.function import AppliedUndef
+
+from mcts.verify.formula import CannotParse, parse
+from mcts.verify.number import Number, stands_for
+from mcts.verify.reading import (
+    Chain,
+    Expression,
+    Listed,
+    Matrix,
+    Numeral,
+    Ordered,
+    Ratio,
+    Reading,
+    Union,
+    Unreadable,
+    Words,
+    read,
+)
+
+CANCELLED_DIGITS = 1000
+_POINTS = (
+    ("3/7", "5/11", "13/17", "19/23"),
+    ("-8/5", "9/7", "-6/13", "21/19"),
+    ("29/11", "-31/17", "37/13", "-2/23"),
+)
+"""Values of the first, second, ... variable, one row for each point; further variables repeat them, scaled."""
+_WORD_NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six"),
+    *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+
+
+def warm() -> None:
+    """Judge a few pairs, so that forks find parser and caches ready."""
+    pairs = [
+        ("\\frac{1+\\sqrt{5}}{2}", "0.5+\\sqrt5/2"),
+        ("x^2-2x+1", "(x-1)^2"),
+        ("[1,2)", "1\\le x<2"),
+        ("6-5i", "-5i+6"),
+        ("3\\pi", "3 \\cdot \\pi"),
+        ("\\sin(x)", "\\cos x"),
+        ("y=2x+1", "2x-y+1=0"),
+        ("\\sqrt[3]{2}", "2^{1/3}"),
+    ]
+    for gold, prediction in pairs:
+        judge({"gold": gold, "prediction": prediction})
+
+
+def judge(case: dict[str, Any]) -> dict[str, Any]:
+    """{"gold", "prediction"} -> {"status", "why", "final", "numbers"}; `final`: no lack of memory can have caused it;
+    `numbers`: both are numbers."""
+    readings = []
+    for name, key in (("gold", "gold"), ("the prediction", "prediction")):
+        try:
+            reading = read(case[key])
+            formulas(reading)
+        except (Unreadable, CannotParse, RecursionError) as error:
+            return _verdict("unparsable", f"{name} cannot be read: {error or 'nested too deeply'}")
+        readings.append(reading)
+    gold, prediction = readings
+    for name, reading, status in (("gold", gold, "unparsable"), ("the prediction", prediction, "wrong")):
+        if contradicts(reading):
+            return _verdict(status, f"{name} says that two different numbers are equal")
+    try:
+        found = same(gold, prediction)
+    except RecursionError:
+        return _verdict("error", "the comparison is nested too deeply")
+    numbers = isinstance(gold, Number) and isinstance(prediction, Number)
+    if found:
+        return _verdict("correct", "the same value") | {"final": True, "numbers": numbers}
+    return _verdict("wrong", _difference(gold, prediction)) | {"numbers": numbers}
+
+
+def _verdict(status: str, why: str) -> dict[str, Any]:
+    return {"status": status, "why": why, "final": False, "numbers": False}
+
+
+def _difference(gold: Reading, prediction: Reading) -> str:
+    if isinstance(gold, Numeral) and isinstance(prediction, Numeral) and gold.base != prediction.base:
+        return f"base {prediction.base}, not {gold.base}"
+    if isinstance(gold, Numeral) != isinstance(prediction, Numeral):
+        return "one of the two names a base"
+    kinds = [_KIND[type(reading)] for reading in (gold, prediction)]
+    return "another value" if kinds[0] == kinds[1] else f"{kinds[1]}, not {kinds[0]}"
+
+
+_KIND: dict[type, str] = {
+    Words: "words",
+    Expression: "a formula",
+    Number: "a number",
+    Numeral: "a numeral",
+    Listed: "a set or list",
+    Ordered: "a tuple or interval",
+    Union: "a union",
+    Ratio: "a ratio",
+    Matrix: "a matrix",
+    Chain: "a relation",
+}
+
+
+def formulas(reading: Reading) -> None:
+    """Parse every formula of a reading. Raises CannotParse."""
+    if isinstance(reading, Expression):
+        parse(reading.latex)
+    for part in parts(reading):
+        formulas(part)
+
+
+def parts(reading: Reading) -> tuple[Reading, ...]:
+    if isinstance(reading, Listed | Ordered | Union | Ratio):
+        return reading.items
+    if isinstance(reading, Chain):
+        return reading.sides
+    if isinstance(reading, Matrix):
+        return tuple(cell for row in reading.rows for cell in row)
+    return ()
+
+
+def contradicts(reading: Reading) -> bool:
+    """Does some chain of equations in it equate different constants (`17 = 18`, `x = 3 = 4`)?"""
+    if isinstance(reading, Chain):
+        if reading.signs == ("~",):
+            return contradicts(reading.sides[0]) or not _near(*reading.sides)
+        constants = [side for side in reading.sides if _constant(side)]
+        for number, (left, right) in enumerate(zip(reading.sides, reading.sides[1:], strict=False)):
+            if (
+                reading.signs[number] != "="
+                and _constant(left)
+                and _constant(right)
+                and not _holds(left, reading.signs[number], right)
+            ):
+                return True
+        if set(reading.signs) == {"="} and any(not same(constants[0], other) for other in constants[1:]):
+            return True
+    return any(contradicts(part) for part in parts(reading))
+
+
+def _near(left: Reading, right: Reading) -> bool:
+    """May two sides be about the same: no two constants that are more than a hundredth apart?"""
+    left = left.sides[-1] if isinstance(left, Chain) else left
+    a, b = value(left), value(right)
+    if a is None or b is None or not (_constant(left) and _constant(right)) or not (a.is_real and b.is_real):
+        return True
+    return bool(100 * abs(a - b) <= abs(a))
+
+
+def _holds(left: Reading, sign: str, right: Reading) -> bool:
+    a, b = value(left), value(right)
+    if a is None or b is None or not a.is_real or not b.is_real:
+        return True
+    if sign == "!=":
+        return not equal(a, b)
+    if equal(a, b):
+        return sign in ("<=", ">=")
+    return bool((a < b) == (sign in ("<", "<=")))
+
+
+def _constant(reading: Reading) -> bool:
+    found = value(reading)
+    return found is not None and not found.free_symbols and not found.atoms(AppliedUndef)
+
+
+def value(reading: Reading) -> sympy.Expr | None:
+    """A number or formula as sympy has it; None for anything else."""
+    if isinstance(reading, Number):
+        rational: sympy.Expr = sympy.Rational(reading.value.numerator, reading.value.denominator)
+        return rational / 100 if reading.percent else rational
+    return parse(reading.latex) if isinstance(reading, Expression) else None
+
+
+def same(gold: Reading, given: Reading) -> bool:
+    """Is `given` what `gold` is? Not quite symmetric: gold's form decides what may be left out."""
+    gold, given = _exact(gold), _exact(given)
+    if isinstance(gold, Chain) or isinstance(given, Chain):
+        return _same_chain(gold, given)
+    gold, given = _lone(gold), _lone(given)
+    if isinstance(gold, Listed) and isinstance(given, Listed):
+        return _same_list(gold, given)
+    if isinstance(gold, Words) or isinstance(given, Words):
+        return _same_words(gold, given)
+    if isinstance(gold, Numeral) or isinstance(given, Numeral):
+        return gold == given
+    if isinstance(gold, Number) and isinstance(given, Number):
+        return gold.same(given)
+    if isinstance(gold, Number | Expression) and isinstance(given, Number | Expression):
+        return _same_formula(gold, given)
+    if isinstance(gold, Ratio) and isinstance(given, Ratio):
+        return _pairwise(gold.items, given.items)
+    if isinstance(gold, Matrix) and isinstance(given, Matrix):
+        shapes = [[len(row) for row in matrix.rows] for matrix in (gold, given)]
+        return shapes[0] == shapes[1] and _pairwise(parts(gold), parts(given))
+    if isinstance(gold, Ordered) and isinstance(given, Ordered):
+        if len(gold.items) == 2 and (gold.left, gold.right) != (given.left, given.right):
+            return False  # intervals, one of them open where the other is closed
+        return _pairwise(gold.items, given.items)
+    if isinstance(gold, Union) and isinstance(given, Union) and _matched(gold.items, given.items):
+        return True
+    if isinstance(gold, Union) or isinstance(given, Union):
+        return _same_set(gold, given)
+    return False
+
+
+def _exact(reading: Reading) -> Reading:
+    """`1/3 ~ 0.33` says 1/3; `x ~ 11` says x = 11."""
+    if not isinstance(reading, Chain) or reading.signs != ("~",):
+        return reading
+    return Chain(reading.sides, ("=",), reading.name) if reading.name else reading.sides[0]
+
+
+def _lone(reading: Reading) -> Reading:
+    return reading.items[0] if isinstance(reading, Listed) and len(reading.items) == 1 else reading
+
+
+def _pairwise(gold: tuple[Reading, ...], given: tuple[Reading, ...]) -> bool:
+    return len(gold) == len(given) and all(same(a, b) for a, b in zip(gold, given, strict=True))
+
+
+def _matched(gold: tuple[Reading, ...], given: tuple[Reading, ...]) -> bool:
+    """The same things in any order; a thing named twice counts once."""
+    return all(any(same(a, b) for b in given) for a in gold) and all(any(same(a, b) for a in gold) for b in given)
+
+
+def _same_list(gold: Listed, given: Listed) -> bool:
+    a, b = _flat(gold), _flat(given)
+    names = [{item.name for item in items if isinstance(item, Chain) and item.name} for items in (a, b)]
+    if (len(names[0]) > 1) != (len(names[1]) > 1):
+        return _pairwise(a, b)  # `x = 1, y = 2` against `1, 2`: the order says which is which
+    return _matched(a, b)
+
+
+def _flat(listed: Listed) -> tuple[Reading, ...]:
+    """Items of a list; those of a list without braces in it (`1 \\pm 2`) count as its own."""
+    items: list[Reading] = []
+    for item in listed.items:
+        items += _flat(item) if isinstance(item, Listed) and not item.braces else (item,)
+    return tuple(items)
+
+
+def _same_words(gold: Reading, given: Reading) -> bool:
+    texts = []
+    for reading in (gold, given):
+        if (
+            isinstance(reading, Number)
+            and reading.value.denominator == 1
+            and 0 <= reading.value <= 12
+            and not reading.percent
+        ):
+            texts.append(_WORD_NUMBERS[int(reading.value)])
+        elif isinstance(reading, Words):
+            texts.append(reading.text)
+        elif isinstance(reading, Expression):
+            texts.append(reading.latex.lower())
+        else:
+            return False
+    return "".join(texts[0].split()) == "".join(texts[1].split())
+
+
+def _same_formula(gold: Number | Expression, given: Number | Expression) -> bool:
+    if gold.unit is not None and given.unit is not None and gold.unit != given.unit:
+        return False
+    a, b = value(gold), value(given)
+    assert a is not None
+    assert b is not None
+    for number, other in ((gold, b), (given, a)):
+        if isinstance(number, Number) and number.digits is not None and not other.free_symbols and other.is_real:
+            close = sympy.N(other, number.digits + 30)
+            exact = number.value
+            if close.is_Float and stands_for(exact, number.digits, _fraction(close)):
+                return True
+    if equal(a, b):
+        return True
+    percent = [isinstance(reading, Number) and reading.percent for reading in (gold, given)]
+    return percent[0] != percent[1] and equal(a * 100, b) if percent[0] else percent[1] and equal(a, b * 100)
+
+
+def _fraction(number: sympy.Float) -> Any:
+    from fractions import Fraction
+
+    rational = sympy.Rational(number)
+    return Fraction(int(rational.p), int(rational.q))
+
+
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Are two formulas equal, as functions of their variables?"""
+    if a == b:
+        return True
+    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
+        return bool(a == b)
+    difference = _plain(a - b)
+    symbols = sorted(difference.free_symbols, key=str)
+    if not symbols:
+        zero = is_zero(difference)
+        return bool(zero) if zero is not None else False
+    verdicts = []
+    for point in _POINTS:
+        scale = [sympy.Rational(point[i % 4]) * (1 + i // 4) for i in range(len(symbols))]
+        zero = is_zero(difference.subs(dict(zip(symbols, scale, strict=True))))
+        if zero is False:
+            return False
+        verdicts.append(zero)
+    return any(verdicts) or sympy.simplify(difference) == 0
+
+
+def _plain(difference: sympy.Expr) -> sympy.Expr:
+    """Unknown functions as variables: `f(2)` is one, `f(3)` another."""
+    applied = sorted(difference.atoms(AppliedUndef), key=str)
+    return difference.subs({f: sympy.Symbol(f"function_{f}") for f in applied}) if applied else difference
+
+
+def is_zero(constant: sympy.Expr) -> bool | None:
+    """Is a constant zero? None where it is not defined."""
+    if constant.is_Rational:
+        return bool(constant == 0)
+    if constant.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+        return None
+    for part in constant.as_real_imag() if constant.has(sympy.I) else (constant,):
+        try:
+            if part.is_Rational:
+                if part != 0:
+                    return False
+                continue
+            number = part.evalf(15, maxn=CANCELLED_DIGITS, strict=True)
+        except PrecisionExhausted:
+            continue  # it cancelled to the last digit
+        if (
+            not number.is_number
+            or number.has(sympy.nan, sympy.zoo)
+            or (not number.is_comparable and not number.has(sympy.I))
+        ):
+            return None
+        if number != 0:
+            return False
+    return True
+
+
+def _same_chain(gold: Reading, given: Reading) -> bool:
+    if isinstance(gold, Chain) and isinstance(given, Chain):
+        if gold.name and given.name and gold.name == given.name:
+            return same(gold.sides[-1], given.sides[-1])
+        if len(gold.signs) == 1 and len(given.signs) == 1 and _same_relation(gold, given):
+            return True
+        a, b = _upward(gold), _upward(given)
+        if a.signs == b.signs and _pairwise(a.sides, b.sides):
+            return True
+        return not {"="} & set(gold.signs + given.signs) and _same_set(gold, given)
+    chain, other = (gold, given) if isinstance(gold, Chain) else (given, gold)
+    assert isinstance(chain, Chain)
+    if set(chain.signs) == {"="}:
+        if not chain.name and not all(_constant(side) for side in chain.sides):
+            return False
+        return same(chain.sides[-1], other) if chain is gold else same(other, chain.sides[-1])
+    if isinstance(other, Ordered | Union) or (isinstance(other, Listed) and other.braces):
+        return _same_set(gold, given)
+    return False
+
+
+def _upward(chain: Chain) -> Chain:
+    """`3 > x >= 1` as `1 <= x < 3`."""
+    if chain.signs[0] not in (">", ">="):
+        return chain
+    return Chain(chain.sides[::-1], tuple(_FLIPPED[sign] for sign in chain.signs[::-1]), chain.name)
+
+
+def _same_relation(gold: Chain, given: Chain) -> bool:
+    """Relations of two sides each: the same up to a constant factor, which flips an inequality if it is negative."""
+    sides = [value(side) for side in gold.sides + given.sides]
+    if any(side is None for side in sides):
+        return False
+    a, b, c, d = (side for side in sides if side is not None)
+    left, right = a - b, c - d
+    if is_zero(left) if not left.free_symbols else equal(left, sympy.S.Zero):
+        return False
+    factor = sympy.simplify(right / left)
+    if factor.free_symbols or factor.atoms(AppliedUndef) or factor.is_zero is not False:
+        return False
+    sign = given.signs[0]
+    if gold.signs[0] in ("=", "!="):
+        return sign == gold.signs[0]
+    if factor.is_negative:
+        sign = _FLIPPED[sign]
+    return bool(factor.is_real) and sign == gold.signs[0]
+
+
+def _same_set(gold: Reading, given: Reading) -> bool:
+    a, b = as_set(gold), as_set(given)
+    return a is not None and b is not None and bool(a == b or a.symmetric_difference(b) == sympy.S.EmptySet)
+
+
+def as_set(reading: Reading) -> sympy.Set | None:
+    """A set of real numbers, None where it is none: an interval, a set, a union of them, what an inequality allows."""
+    if isinstance(reading, Union):
+        sets = [as_set(item) for item in reading.items]
+        return None if any(part is None for part in sets) else sympy.Union(*sets)
+    if isinstance(reading, Listed):
+        values = [value(item) for item in reading.items]
+        if any(number is None or not number.is_real for number in values):
+            return None
+        return sympy.FiniteSet(*values)
+    if isinstance(reading, Ordered) and len(reading.items) == 2:
+        ends = [value(item) for item in reading.items]
+        if any(end is None or not end.is_extended_real or end.free_symbols for end in ends):
+            return None
+        return sympy.Interval(*ends, reading.left == "(", reading.right == ")")
+    return _solutions(reading) if isinstance(reading, Chain) else None
+
+
+def _solutions(chain: Chain) -> sympy.Set | None:
+    """The real numbers that an inequality in one unknown (a variable, or a function's value) allows."""
+    sides = [value(side) for side in chain.sides]
+    if any(side is None for side in sides):
+        return None
+    unknowns = sorted({atom for side in sides for atom in _plain(side).free_symbols}, key=str)
+    if len(unknowns) != 1:
+        return None
+    x = sympy.Symbol("x", real=True)
+    plain = [_plain(side).subs(unknowns[0], x) for side in sides]
+    allowed: sympy.Set = sympy.S.Reals
+    made = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "!=": sympy.Ne}
+    for left, sign, right in zip(plain, chain.signs, plain[1:], strict=False):
+        try:
+            relation = made[sign](left, right)
+            part = relation.as_set() if relation not in (sympy.true, sympy.false) else None
+        except (NotImplementedError, ValueError, TypeError):
+            return None
+        if part is None:
+            continue
+        allowed = allowed.intersect(part)
+    return allowed
