@@ -182,7 +182,8 @@ def checkpoint_layers(policy: Policy) -> None:
             f"{type(model).__name__} has no gradient checkpointing: set model.gradient_checkpointing: false"
         )
     # No random numbers are drawn (dropout is off), so none need be drawn again.
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.24
+    enable({"use_reentrant": False, "preserve_rng_state": False})
     for layer in layers:
         layer.training = True  # of the layer alone: its parts stay in evaluation mode, without dropout
 
