@@ -145,14 +145,17 @@ class SearchContext:
         return found
 
     def value(self, node: int) -> float:
-        """The reward where the node was judged, else the value source's estimate, in [0, 1].
-        Raises SearchError where there is none."""
+        """The reward where the node was judged, else the value source's estimate, in [0, 1]; a finished answer without
+        verdict has that of the step before. Raises SearchError where there is none."""
         reward = self.tree.reward[node]
         if reward == reward:  # not NaN
             return reward
         value = self._estimates.get(node)
         if value is None:
             value = self.source.value(self, node)
+        if math.isnan(value) and self.tree.terminal[node] and node != ROOT:
+            # An answer that nobody may judge yet: engines forward no EOS, so the last step was not valued itself.
+            value = self.value(self.tree.parent[node])
         if not 0.0 <= value <= 1.0:
             if math.isnan(value):
                 raise SearchError(

@@ -115,14 +115,16 @@ def verify(checkpoint: Path) -> None:
 
 
 def load(
-    checkpoint: Path, device: str = "cpu", dtype: str = "float32", attn: str = "sdpa"
+    checkpoint: Path, device: str = "cpu", dtype: str = "float32", attn: str = "sdpa", *, merge: bool = True
 ) -> tuple[Policy, dict[str, Any] | None, dict[str, Any]]:
-    """(policy, optimiser state or None, state) of a checkpoint, after `verify`. Raises CheckpointError."""
+    """(policy, optimiser state or None, state) of a checkpoint, after `verify`. Raises CheckpointError.
+
+    A LoRA checkpoint holds the adapter and its base's name: it is merged unless `merge` is false."""
     from mcts.engines.model import load_policy
 
     verify(checkpoint)
     try:
-        policy = load_policy(checkpoint, device=device, dtype=dtype, attn=attn)
+        policy = load_policy(checkpoint, device=device, dtype=dtype, attn=attn, merge=merge)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the policy of checkpoint {checkpoint} cannot be loaded: {error}") from error
     return policy, load_optimizer(checkpoint, device), read_state(checkpoint)

@@ -53,12 +53,15 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
+    dropout: Literal[0] = 0
+    """Always 0: a tree is trained as its paths only without dropout."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Endings of the names of the layers adapted (such as q_proj); all-linear: every one but the output layer."""
 
 
 class ModelConfig(Section):
-    """The policy: a Hugging Face causal LM by path or name, or a fresh one built for the task's vocabulary."""
+    """The policy: a Hugging Face causal LM by folder or name (of the local cache), or a fresh one built for the task's
+    vocabulary."""
 
     path: str | None = None
     """Folder or name of a causal LM; None builds `fresh`."""
@@ -66,12 +69,25 @@ class ModelConfig(Section):
     """Architecture of a fresh Llama: width, layers, heads, intermediate, tie_embeddings."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["eager", "sdpa"] = "sdpa"
-    """Attention of the learner's forwards, by transformers' name; the engine brings its own."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """Attention of the learner's forwards, by transformers' name; the engine brings its own. flash_attention_2 takes no
+    tree mask: then the model is trained per path."""
     value_width: int = Field(default=64, ge=0)
     """GELU units of a new value head; 0: a linear head, which exports exactly as a token-classification model."""
     lora: LoraConfig | None = None
     """Train a LoRA adapter on `path` instead of its weights. Checkpoints hold the adapter and the base's name."""
+    freeze_trunk: bool = False
+    """Train the value head alone."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass: less memory, about a third more time, equal gradients."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        if self.lora is not None and self.path is None:
+            raise ValueError("lora trains an adapter on a given model: set model.path, or leave lora out")
+        if self.lora is not None and self.freeze_trunk:
+            raise ValueError("lora and freeze_trunk exclude each other: a frozen trunk has no adapter to train")
+        return self
 
 
 class OptimizerConfig(Section):

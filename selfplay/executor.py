@@ -119,7 +119,7 @@ def check_parts(config: Config) -> None:
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
     build_objective(config.learn.objective.name, **config.learn.objective.settings)
     if config.model.path is not None:
-        check_folder(config.model.path)
+        check_folder(config.model.path, config.engine.max_context)
     else:
         task.vocabulary()
         check_architecture(config.model.fresh)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mcts.types import Float32
 from selfplay import llama_kernels
+from selfplay.errors import UserError
 from selfplay.packing import Item, Packed, chain, cut, pack, select, split_paths
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 TREE_TOLERANCE = 1e-3
 """Largest difference in nats between a tree's log-probabilities and its paths' for which the model is trusted."""
-
+LOW_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.5}
+"""The same for models whose weights are in few bits; see `check_tree_mask`."""
 
 PATHS_PER_ROW = 3
 """Shorter rows would mostly hold copies."""
@@ -123,7 +125,8 @@ def check_tree_mask(policy: Policy, *, max_length: int, seed: int = 0) -> bool:
     """Whether the model computes a tree as it computes the tree's paths; a model that does not is trained per path.
 
     Compares a small random tree under the tree mask with its paths under the model's own mask. Models with a window
-    shorter than `max_length` fail: the tree mask would lift the window.
+    shorter than `max_length` fail: the tree mask would lift the window. In float16 and bfloat16 the tolerance is
+    wide, so the difference must also be less than a quarter of what a model that ignores the tree would show.
     """
     config: Any = policy.model.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -136,14 +139,53 @@ def check_tree_mask(policy: Policy, *, max_length: int, seed: int = 0) -> bool:
     try:
         packed = token_logprobs(policy, [tree], tokens=len(tree))[0]
         plain = token_logprobs(policy, [paths], tokens=len(paths), tree_mask=False)[0]
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         log.warning("the model takes no tree mask (%s): it is trained per path, not per tree", error)
         return False
-    gap = float(np.abs(packed[np.isfinite(packed)] - plain[np.isfinite(plain)]).max())
-    if gap <= TREE_TOLERANCE:
+    expected = plain[np.isfinite(plain)]
+    gap = float(np.abs(packed[np.isfinite(packed)] - expected).max())
+    limit = TREE_TOLERANCE
+    if policy.model.dtype in LOW_TOLERANCE:
+        ignorant = chain(tree.token_ids, nll_weight=tree.nll_weight)
+        found = token_logprobs(policy, [ignorant], tokens=len(tree), tree_mask=False)[0]
+        limit = min(LOW_TOLERANCE[policy.model.dtype], float(np.abs(found[np.isfinite(found)] - expected).max()) / 4)
+    if gap <= limit:
         return True
     log.warning("under a tree mask the model's log-probabilities are off by %.3g nats: it is trained per path", gap)
     return False
+
+
+@torch.no_grad()
+def check_logits(policy: Policy) -> None:
+    """Raise UserError unless the model's logits are its output layer's of its last hidden states: all that is learned
+    is computed so."""
+    ids = torch.arange(4, device=policy.device)[None] % int(policy.model.config.vocab_size)
+    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
+    gap = float((policy.unembed(policy.hidden(ids, use_cache=False)).float() - expected).abs().max())
+    limit = LOW_TOLERANCE.get(policy.model.dtype, TREE_TOLERANCE) * max(1.0, float(expected.abs().max()))
+    if not gap <= limit:
+        name = type(policy.model).__name__
+        raise UserError(
+            f"{name} changes its logits in a way that is not known here (off by {gap:.2g}): use another model"
+        )
+
+
+def checkpoint_layers(policy: Policy) -> None:
+    """Recompute the model's layers in the backward pass instead of keeping what they computed. Raises UserError where
+    the model cannot."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model: Any = policy.model
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(
+            f"{type(model).__name__} has no gradient checkpointing: set model.gradient_checkpointing: false"
+        )
+    # No random numbers are drawn (dropout is off), so none need be drawn again.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.24
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in layers:
+        layer.training = True  # of the layer alone: its parts stay in evaluation mode, without dropout
 
 
 def check_kernels(policy: Policy, *, seed: int = 0) -> bool:

@@ -213,14 +213,23 @@ class ExampleEncoder:
 
     `encode_prompt` turns a prompt into the ids that the engine would send; without it, texts are encoded plainly and
     messages by the chat template. The ids of recent texts are kept (at most `cache`): warm-up texts repeat a lot.
+    `turn_end`: the token that ends a finished example after chat messages; None: the tokenizer's EOS, as after text.
     """
 
-    def __init__(self, tokenizer: Any, encode_prompt: Encode | None = None, *, cache: int = 100_000) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        encode_prompt: Encode | None = None,
+        *,
+        cache: int = 100_000,
+        turn_end: int | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise PackingError("the tokenizer has no end-of-sequence token; set eos_token to train on worked examples")
         self._tokenizer = tokenizer
         self._encode_prompt = encode_prompt
         self._eos = int(tokenizer.eos_token_id)
+        self._turn_end = self._eos if turn_end is None else turn_end
         self._steps: dict[str, list[int]] = {}
         self._prompts: dict[str, list[int]] = {}
         self._cache = cache
@@ -268,7 +277,7 @@ class ExampleEncoder:
             ids += self._steps[text]
             ends.append(len(ids) - 1)
         if example.finished:
-            ids.append(self._eos)
+            ids.append(self._eos if isinstance(example.problem.prompt, str) else self._turn_end)
             if example.steps:
                 ends[-1] += 1
         labelled = [k for k, value in enumerate(example.values) if not math.isnan(value)]

@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mcts.engines.model import turn_end
 from mcts.rng import generator, hash64
 from mcts.tasks.base import Example
-from selfplay.errors import NonFiniteLoss
-from selfplay.forward import Outputs, batches, check_kernels, check_tree_mask, fit, forward
+from selfplay.errors import NonFiniteLoss, UserError
+from selfplay.forward import (
+    Outputs,
+    batches,
+    check_kernels,
+    check_logits,
+    check_tree_mask,
+    checkpoint_layers,
+    fit,
+    forward,
+)
 from selfplay.items import Encode, ExampleEncoder
 from selfplay.metrics import Means, RunningAuc
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
@@ -46,6 +56,8 @@ class LearnerSettings:
     seed: int = 0
     precision: str = "float32"
     """bfloat16: the forwards of learning run under autocast; weights, gradients and optimiser stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, the same gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +104,15 @@ class Learner:
         self.objective = objective
         self.settings = settings
         policy.model.eval()  # no dropout: a tree must be the same as its paths
+        check_logits(policy)
         self.optimizer = Optimizer(policy.model, policy.head, settings.optimizer)
-        self.encode_examples = ExampleEncoder(policy.tokenizer, encode_prompt)
+        self.encode_examples = ExampleEncoder(policy.tokenizer, encode_prompt, turn_end=turn_end(policy.tokenizer))
         self.tree_mask = check_tree_mask(policy, max_length=settings.max_length)
-        low = settings.precision != "float32"
-        self.kernels = self.tree_mask and settings.kernels and not low and check_kernels(policy)
+        plain = settings.kernels and settings.precision == "float32" and not settings.gradient_checkpointing
+        trained = any(parameter.requires_grad for parameter in policy.model.parameters())
+        self.kernels = self.tree_mask and plain and trained and check_kernels(policy)
+        if settings.gradient_checkpointing:
+            checkpoint_layers(policy)
         row_length = settings.row_length or int(policy.model.config.hidden_size)
         self._models = Models(
             policy, reference, settings.batch_tokens, settings.max_length, row_length, tree_mask=self.tree_mask
@@ -216,6 +232,7 @@ class _Phase:
         return {
             **{name: self.means.get(name) for name in (*names, "replay_nll", "replay_value_loss", "logprob_gap")},
             "value_auc": self.auc.value(),
+            "trained_per_path": float(not self.learner.tree_mask),
             "tokens": float(self.trained),
             "steps": float(steps),
             "items": float(len(self.items)),
@@ -247,6 +264,12 @@ class _Phase:
             examples = [example for _, example in zip(range(self.n_fresh), self.fresh, strict=False)]
             if examples:
                 found = self.learner.encode_examples(examples)
+                longest = max(map(len, found))
+                if longest > settings.max_length:
+                    raise UserError(
+                        f"a worked example of {longest} tokens is longer than engine.max_context "
+                        f"({settings.max_length}): raise it, or leave out such examples"
+                    )
                 found = fit(found, settings.max_length, tree_mask=self.learner.tree_mask)
                 sources.append(_Source(found, self.n_fresh / total, False))
         return sources

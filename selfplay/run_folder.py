@@ -166,6 +166,8 @@ def _refuse(changed: Config, config: Config, path: Path) -> None:
     same = [("task", changed.task == config.task), ("seed", changed.seed == config.seed)]
     same += [("model.path", changed.model.path == config.model.path)]
     same += [("model.fresh", changed.model.fresh == config.model.fresh)]
+    same += [("model.lora", changed.model.lora == config.model.lora)]
+    same += [("model.freeze_trunk", changed.model.freeze_trunk == config.model.freeze_trunk)]
     same += [("learn.optimizer.name", changed.learn.optimizer.name == config.learn.optimizer.name)]
     for name, equal in same:
         if not equal:

@@ -62,7 +62,7 @@ def find_source(model: str, task: str | None = None) -> Source:
 
     path = Path(model).absolute()
     if not path.exists():
-        raise UserError(f"there is no run, checkpoint or model folder at {model}")
+        path = _cached(model)
     if (path / "run.json").exists():
         config = _with_task(load_config(path / "config.yaml"), task)
         last = checkpoint.latest(path / "checkpoints")
@@ -78,6 +78,16 @@ def find_source(model: str, task: str | None = None) -> Source:
     heads = [folder / "value_head.safetensors" for folder in (path, path.parent)]
     head = next((file for file in heads if file.exists()), None)
     return Source(path, head, _bare_config(task, path), 0)
+
+
+def _cached(model: str) -> Path:
+    """The folder of a model that is named as in the local cache of models."""
+    from mcts.engines.model import ModelError, resolve
+
+    try:
+        return resolve(model)
+    except ModelError as error:
+        raise UserError(f"there is no run or checkpoint at {model}; {error}") from error
 
 
 def _with_task(config: Config, task: str | None) -> Config:

@@ -13,6 +13,7 @@ from mcts.engines.model import Policy, copy_weights, load_policy
 from mcts.engines.value_head import ValueHead
 from mcts.tasks import Example, Task, load_task
 from selfplay import checkpoint as checkpoints
+from selfplay import lora
 from selfplay.config import Config, OptimizerConfig
 from selfplay.fresh import build_fresh_model
 from selfplay.learner import Budget, Learner, LearnerSettings
@@ -52,8 +53,11 @@ class Trainer:
             threads=config.cluster.learner_threads,
             seed=config.seed,
             precision=config.learn.precision,
+            gradient_checkpointing=config.model.gradient_checkpointing,
         )
         objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
+        if config.model.freeze_trunk:
+            lora.freeze(policy)
         return Learner(policy, objective, settings, reference=reference)
 
     def warm_up(self, progress: Progress) -> dict[str, Any]:
@@ -165,6 +169,9 @@ class Trainer:
         if policy.head is None:
             head = ValueHead(policy.model.config.hidden_size, model.value_width, seed=self.config.seed)
             policy.head = head.to(policy.device)
+        if model.lora is not None:
+            assert model.path is not None  # the config says so
+            lora.add(policy, model.path, model.lora, seed=self.config.seed)
         return policy
 
     @property
@@ -175,7 +182,7 @@ class Trainer:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
         policy, optimizer, _ = checkpoints.load(
-            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention
+            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention, merge=False
         )
         reference = None
         if self._has_kl:

@@ -1,14 +1,17 @@
-"""Tiny models made on the spot: no download, random weights, one token per word."""
+"""Tiny models made on the spot: no download, random weights, one token per word or real byte-pair tokenizers."""
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -24,6 +27,14 @@ from mcts.engines.value_head import ValueHead
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+"""Public data beside the checkout; tests that need it skip where it is absent."""
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = ["Step one.\n\nStep two: 3 + 4 = 7\n", "a\n\n\nb\n\n- c.\n\n- d", "So 12 * 3 = 36.\n\n#### 36"] * 40
+"""What a byte-pair tokenizer is trained on where the public data are not there."""
 
 
 def words(count: int = 100) -> list[str]:
@@ -44,6 +55,61 @@ def tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
+@cache
+def _gsm8k_texts(count: int = 1000) -> tuple[str, ...]:
+    """Questions and solutions, with lines and blank lines between steps."""
+    file = GSM8K / "train.jsonl"
+    if not file.exists():
+        return tuple(TEXTS)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+    found = [f"{row['question']}\n{row['answer']}\n" for row in rows]
+    return tuple(found + [text.replace("\n", "\n\n") for text in found[:200]])
+
+
+@cache
+def _bpe(size: int) -> str:
+    """A byte-level BPE tokenizer trained on GSM8K text, as JSON. Its pre-tokenizer splits at words only, as Qwen's and
+    Llama's do, so that punctuation and runs of line ends merge into one token (".\n\n", "\n\n\n")."""
+    from tokenizers import Regex
+
+    core = Tokenizer(BPE())
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = pre_tokenizers.Split(pattern, behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        _gsm8k_texts(),
+        BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    core.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    text: str = core.to_str()
+    return text
+
+
+def bpe_tokenizer(size: int = 640) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a chat template, as Qwen's base models ship: the EOS token is <|endoftext|>, a
+    turn ends with <|im_end|>. Trained once per session."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_bpe(size)),
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def make_bpe_policy(
+    family: str = "llama", seed: int = 0, head: bool = True, scale: float = 4.0, **sizes: int
+) -> Policy:
+    """As `make_policy`, with a byte-pair tokenizer."""
+    return make_policy(family, seed, head, scale, tok=bpe_tokenizer(), **sizes)
+
+
 def config(family: str, vocabulary: int, width: int = 32, layers: int = 2, context: int = 256) -> PreTrainedConfig:
     """The configuration of a tiny model of one of FAMILIES; the Qwen ones and Llama share KV heads among queries."""
     if family == "gpt2":
@@ -62,12 +128,15 @@ def config(family: str, vocabulary: int, width: int = 32, layers: int = 2, conte
 
 def make_policy(
     family: str = "llama", seed: int = 0, head: bool = True, scale: float = 4.0, vocabulary: list[str] | None = None,
-    **sizes: int,
+    tok: Any = None, **sizes: int,
 ) -> Policy:  # fmt: skip
     """A tiny policy with random weights. `scale` sharpens its distributions, so that differences show."""
-    tok = tokenizer(words() if vocabulary is None else vocabulary)
+    tok = tokenizer(words() if vocabulary is None else vocabulary) if tok is None else tok
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, len(tok), **sizes), attn_implementation="sdpa").eval()
+    settings = config(family, len(tok), **sizes)
+    if tok.eos_token_id != settings.eos_token_id:
+        settings.eos_token_id = tok.eos_token_id
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -85,4 +154,7 @@ def save_model(folder: str | Path, family: str = "llama", **kwargs: Any) -> Path
     return Path(folder)
 
 
-__all__ = ["FAMILIES", "config", "load_policy", "make_policy", "save_model", "tokenizer", "words"]
+__all__ = [
+    "FAMILIES", "GSM8K", "bpe_tokenizer", "config", "load_policy", "make_bpe_policy", "make_policy", "save_model",
+    "tokenizer", "words",
+]  # fmt: skip

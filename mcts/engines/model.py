@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcts.engines import adapters
 from mcts.engines.value_head import FILE, ValueHead
 from mcts.types import SettingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+"""What configs call the longest sequence that a model reads."""
 
 
 class ModelError(SettingError):
@@ -36,10 +40,12 @@ class Policy:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text, ascending: the generation config's and the tokenizer's."""
+        """Token ids that end a text, ascending: those of the generation config (often several), the tokenizer's, and
+        the one that closes an assistant's turn in the chat template (`turn_end`)."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
-        return tuple(sorted(int(i) for i in ids | {self.tokenizer.eos_token_id} if i is not None))
+        ids |= {self.tokenizer.eos_token_id, turn_end(self.tokenizer)}
+        return tuple(sorted(int(i) for i in ids if i is not None))
 
     def hidden(self, token_ids: Tensor, **kwargs: Any) -> Tensor:
         """Final hidden states (after the last norm) of [B, T] token ids: [B, T, d]."""
@@ -47,9 +53,38 @@ class Policy:
         return out
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of final hidden states [..., d]."""
+        """Logits [..., V] of final hidden states [..., d], scaled and capped as the model's config says (Cohere,
+        Granite, Gemma)."""
         out: Tensor = self.model.get_output_embeddings()(hidden)
+        config = self.model.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            out = out * scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:
+            out = out / scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            out = torch.tanh(out / cap) * cap
         return out
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that closes an assistant's turn in the tokenizer's chat template: often not its EOS token
+    (<|im_end|> beside <|endoftext|>, <|eot_id|>). None where there is no template, where it closes turns otherwise,
+    or where it refuses a plain exchange of two messages."""
+    from jinja2 import TemplateError
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    said = "an answer of the assistant"
+    exchange = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
+    try:
+        _, found, rest = tokenizer.apply_chat_template(exchange, tokenize=False).rpartition(said)
+    except TemplateError:
+        return None
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    if not ids:
+        return None
+    known = tokenizer.added_tokens_decoder.get(ids[0])
+    return int(ids[0]) if known is not None and known.special else None
 
 
 def cache_name(model: Any) -> str:
@@ -58,13 +93,32 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
+def resolve(name: str | Path) -> Path:
+    """The folder that a model's folder or name means. A name is looked up in Hugging Face's local cache; nothing is
+    ever downloaded. Raises ModelError that says how to get it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return Path(name)
+    text = str(name)
+    if text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}: give a checkpoint, a Hugging Face folder or a model's name")
+    try:
+        return Path(snapshot_download(text, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"there is no model folder {name}, nor a model of that name in the cache {HF_HUB_CACHE}: give a folder, or "
+            f"run `hf download {name}` once on a machine with a network (models are never downloaded by a run)"
+        ) from error
+
+
 def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | None]:
     """The Hugging Face folder and the value head's file (None: there is none) that `path` means."""
-    root = Path(path)
-    if not root.is_dir():
-        raise ModelError(f"there is no model folder {root}: give a checkpoint or a Hugging Face folder")
+    root = resolve(path)
     folder = root / "policy" if (root / "policy").is_dir() else root
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", adapters.CONFIG)):
         raise ModelError(f"{folder} is no Hugging Face model folder: it has no config.json")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise ModelError(f"{folder} has no tokenizer: save the model's tokenizer into the folder")
@@ -76,9 +130,34 @@ def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | No
     return folder, beside if beside.is_file() else None
 
 
-def check_folder(path: str | Path) -> None:
-    """Raise ModelError where `path` is no model folder with a tokenizer. Loads nothing."""
-    _folders(path, None)
+def check_folder(path: str | Path, context: int | None = None) -> None:
+    """Raise ModelError where `path` is no model (folder, or name in the local cache) with a tokenizer, or where it
+    cannot read `context` tokens. Loads nothing big."""
+    folder, _ = _folders(path, None)
+    if not (folder / "config.json").is_file():
+        check_folder(_base_of(folder), context)
+        return
+    allowed = context_of(folder)
+    if context is not None and allowed is not None and context > allowed:
+        raise ModelError(
+            f"engine.max_context is {context} and the model {path} reads at most {allowed} tokens: lower max_context"
+        )
+
+
+def context_of(path: str | Path) -> int | None:
+    """Longest sequence in tokens that a model's config.json allows; None where it states none."""
+    folder, _ = _folders(path, None)
+    if not (folder / "config.json").is_file():
+        return context_of(_base_of(folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return next((int(config[name]) for name in _POSITIONS if config.get(name)), None)
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        return adapters.base_of(folder)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def load_policy(
@@ -87,13 +166,16 @@ def load_policy(
     dtype: str = "float32",
     attn: str = "sdpa",
     head: str | Path | None = None,
+    *,
+    merge: bool = True,
 ) -> Policy:
     """Load a policy from a checkpoint (`path/policy` and `path/value_head.safetensors`), its `policy` folder, or
-    a plain Hugging Face folder, whose head may be given as `head` or lie in it. Nothing is ever downloaded.
+    a plain Hugging Face folder or name, whose head may be given as `head` or lie in the folder. Nothing is ever
+    downloaded, and no weights are unpickled.
 
-    `attn` is transformers' name of the attention for plain forwards ("sdpa" or "eager").
+    `attn` is transformers' name of the attention for plain forwards ("sdpa", "eager", "flash_attention_2"). A folder
+    that holds a LoRA adapter is loaded onto its base, and merged into its weights unless `merge` is false.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # progress is the caller's to show
@@ -102,13 +184,17 @@ def load_policy(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
     folder, head_file = _folders(path, head)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    if (folder / "config.json").is_file():
+        model, tokenizer = _load(folder, dtype, attn)
+    else:
+        base = load_policy(_base_of(folder), "cpu", dtype, attn)
+        model, tokenizer = base.model, _tokenizer(folder)
+        try:
+            adapters.attach(model, folder)
+            if merge:
+                adapters.merge(model)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"the adapter in {folder} cannot be put on its base model: {error}") from error
     model = model.to(device).eval()
     value_head = None
     if head_file is not None:
@@ -121,11 +207,36 @@ def load_policy(
     return Policy(model, tokenizer, value_head)
 
 
+def _load(folder: Path, dtype: str, attn: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    return model, _tokenizer(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
 def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Write `folder/policy` (Hugging Face layout, loads anywhere) and, if there is one, the value head beside it."""
+    """Write `folder/policy` (Hugging Face layout, loads anywhere) and, if there is one, the value head beside it.
+    Of a policy with a LoRA adapter the adapter and its base's name are written, not the base's weights."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    policy.model.save_pretrained(root / "policy")
+    if adapters.has_adapter(policy.model):
+        adapters.save(policy.model, root / "policy")
+    else:
+        policy.model.save_pretrained(root / "policy")
     policy.tokenizer.save_pretrained(root / "policy")
     if policy.head is not None:
         policy.head.save(root / FILE)

@@ -1,8 +1,22 @@
-"""Text to tokens and back, and which tokens end a step."""
+"""Text to tokens and back, and which tokens end a step.
+
+**Where a step ends.** A step ends with the first drawn token at which its text (the decoded tokens of this step,
+special tokens left out) holds the delimiter. Byte-pair vocabularies merge a delimiter into other tokens, so such a
+token may carry text beyond it ("\\n\\n" inside "\\n\\n\\n" or "\\n\\n-"), and the delimiter may be put together from
+several ("." + "\\n\\n", "\\n" + "\\n"). The whole token belongs to the step that drew it: ids are kept as drawn, never
+split nor encoded again, and the next step begins with the token after it. Three cases that this decides:
+
+- What was drawn before the step (the prompt, the steps above it) completes no delimiter.
+- A step is never blank: where the delimiter is white space, it ends a step only after some other text. Blank text in
+  front of a step belongs to that step.
+- Inside a thinking block a step ends as anywhere else; its tags are text like any other, unless the tokenizer calls
+  them special.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,55 +30,81 @@ Int64 = npt.NDArray[np.int64]
 
 _TEXTS = 65536
 """Decoded steps remembered; the memory is emptied when full."""
+_BROKEN = "\ufffd"
+"""How a part of a character decodes."""
 
 
 class Codec:
-    """A policy's tokenizer and its step delimiter.
+    """A policy's tokenizer and its step delimiter (see the module on where a step ends).
 
-    `delimiter` is encoded to the sequence `delimiter_ids`; a step also ends at any single token whose text ends
-    with the delimiter (byte-pair vocabularies hold tokens such as ".\\n\\n").
+    Raises ValueError for a delimiter that the tokenizer cannot write, and for a model without an EOS token.
     """
 
     def __init__(self, policy: Policy, delimiter: str) -> None:
         self._tokenizer = policy.tokenizer
         self._unknown = policy.tokenizer.unk_token_id
+        self._backend = getattr(policy.tokenizer, "backend_tokenizer", None)
+        """The Rust tokenizer, several times faster than the wrapper around it."""
+        self._texts: dict[bytes, str] = {}
+        self.delimiter = delimiter
         ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
         if not delimiter or not ids or self._unknown in ids:
             raise ValueError(f"the tokenizer cannot write the step delimiter {delimiter!r}: choose another one")
-        if not policy.eos_ids:
+        eos_ids = policy.eos_ids
+        if not eos_ids:
             raise ValueError("the model has no EOS token: set eos_token in its tokenizer")
-        if self._unknown in policy.eos_ids:
+        if self._unknown in eos_ids:
             self._unknown = None  # GPT-2 has one token for both
         self.delimiter_ids: Int32 = np.asarray(ids, dtype=np.int32)
-        self.long = len(ids) > 1
-        """Whether the delimiter is longer than one token."""
+        """The delimiter as the tokenizer writes it; the policy may draw it in other ways."""
         size = policy.model.get_output_embeddings().weight.shape[0]
         self._codes: Codes = np.full(size, RUNNING, dtype=np.int8)
-        texts = policy.tokenizer.batch_decode([[i] for i in range(min(size, len(policy.tokenizer)))])
-        for i, text in enumerate(texts):
-            if text.endswith(delimiter):
+        self._may_end = np.zeros(size, dtype=np.bool_)
+        """Tokens that may complete a delimiter together with those before them."""
+        count = min(size, len(policy.tokenizer))
+        last = delimiter[-1]
+        marks = (last,) if last.isascii() else (last, _BROKEN)
+        for i, (alone, behind) in enumerate(zip(self._pieces(count, None), self._pieces(count, ids[0]), strict=True)):
+            if self._ends(alone):
                 self._codes[i] = DELIMITER
-        if not self.long:
-            self._codes[ids] = DELIMITER
-        self._codes[list(policy.eos_ids)] = EOS
-        self._texts: dict[bytes, str] = {}
-        self._backend = getattr(policy.tokenizer, "backend_tokenizer", None)
-        """The Rust tokenizer, several times faster than the wrapper around it."""
+            elif any(mark in behind for mark in marks):
+                self._may_end[i] = True
+        self._codes[list(eos_ids)] = EOS
+        self._may_end[list(eos_ids)] = False
+        self.long = bool(self._may_end.any())
+        """Whether a step may end at a token that would not end it alone: `long_codes` has to be asked."""
+
+    def _pieces(self, count: int, behind: int | None) -> list[str]:
+        """The texts of tokens 0 to count - 1, each decoded alone or as it continues the token `behind`."""
+        first = [] if behind is None else [behind]
+        skip = 0 if behind is None else len(self._decode([[behind]])[0])
+        return [text[skip:] for text in self._decode([[*first, i] for i in range(count)])]
+
+    def _ends(self, text: str) -> bool:
+        """Whether a step of this text has ended."""
+        return self.delimiter in (text if self.delimiter.strip() else text.lstrip())
 
     def codes(self, tokens: Int64) -> Codes:
-        """Per token: DELIMITER or EOS where it ends a step by itself, else RUNNING."""
+        """Per token: EOS, DELIMITER where it ends a step by itself, else RUNNING."""
         return self._codes[tokens]
 
     def long_codes(self, codes: Codes, tokens: Int32, rows: Int64, at: Int64, base: Int64) -> Codes:
-        """`codes` with DELIMITER where tokens[rows] end, at column `at`, in a delimiter of several tokens that lies
-        wholly inside the step that starts at column `base`."""
-        ids = self.delimiter_ids
-        columns = at[:, None] + np.arange(1 - len(ids), 1)
-        hit = (tokens[rows[:, None], np.maximum(columns, 0)] == ids).all(1) & (columns[:, 0] >= base)
-        return np.where((codes == RUNNING) & hit, np.int8(DELIMITER), codes)
+        """`codes` with DELIMITER where tokens[rows], drawn up to column `at` by a step that starts at column `base`,
+        end a step only together."""
+        ask = np.flatnonzero((codes == RUNNING) & self._may_end[tokens[rows, at]])
+        if not len(ask):
+            return codes
+        codes = codes.copy()
+        steps = [tokens[rows[i], base[i] : at[i] + 1].tolist() for i in ask]
+        codes[ask[[self._ends(text) for text in self._decode(steps)]]] = DELIMITER
+        return codes
 
     def encode(self, prompt: str | Sequence[Message]) -> Int32:
-        """Token ids of a prompt as it will be sent, int32 [P]; ValueError where it is empty or not writable."""
+        """Token ids of a prompt as it will be sent, int32 [P]: text as the tokenizer encodes it (with its BOS token,
+        where it has one), messages through the chat template, up to where the assistant's turn begins.
+
+        ValueError where it is empty or cannot be written.
+        """
         if isinstance(prompt, str):
             try:
                 ids = self._tokenizer(prompt)["input_ids"]
@@ -72,18 +112,29 @@ class Codec:
                 if type(error) is not Exception:  # what the tokenizers library raises for a word it does not know
                     raise
                 raise ValueError(f"the prompt {prompt!r} holds words that the tokenizer does not know") from error
-        elif getattr(self._tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template: give the prompt as text")
         else:
-            messages = [dict(message) for message in prompt]
-            ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            ids = self._chat(prompt)
         if not ids:
             raise ValueError("the prompt is empty: it must hold at least one token")
         if self._unknown is not None and self._unknown in ids:
             raise ValueError(f"the prompt {prompt!r} holds words that the tokenizer does not know")
         return np.asarray(ids, dtype=np.int32)
+
+    def _chat(self, prompt: Sequence[Message]) -> list[int]:
+        from jinja2 import TemplateError
+
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ValueError("the tokenizer has no chat template: give the prompt as text")
+        messages = [dict(message) for message in prompt]
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the model's chat template refuses these messages ({error}): change their roles"
+            ) from error
+        return ids
 
     def decode(self, token_ids: Int32) -> str:
         """The text of token ids, special tokens left out."""
@@ -92,10 +143,15 @@ class Codec:
         if text is None:
             if len(self._texts) >= _TEXTS:
                 self._texts.clear()
-            text = self._texts[key] = self._text(token_ids.tolist())
+            text = self._texts[key] = self._decode([token_ids.tolist()])[0]
         return text
 
-    def _text(self, ids: list[int]) -> str:
+    def _decode(self, sequences: list[list[int]]) -> list[str]:
+        found: Any
         if self._backend is not None:
-            return str(self._backend.decode(ids, skip_special_tokens=True))
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            found = self._backend.decode_batch(sequences, skip_special_tokens=True)
+        else:
+            found = self._tokenizer.batch_decode(
+                sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return list(map(str, found))

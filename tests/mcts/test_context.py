@@ -11,7 +11,7 @@ import pytest
 from mcts.context import Search, SearchContext
 from mcts.strategies.best_of_n import BestOfN
 from mcts.tree import ROOT
-from mcts.types import SearchError, Status, Step, Stop, Verdict
+from mcts.types import Problem, SearchError, Status, Step, Stop, Verdict
 from mcts.value import ConstantValue, HeadValue, RolloutValue, ValueSource
 from tests.mcts.toy import ToyTask, problem
 
@@ -209,3 +209,17 @@ def test_bad_search_settings_are_refused_with_their_name(change: dict[str, objec
 def test_bad_value_settings_are_refused(bad: object) -> None:
     with pytest.raises(ValueError, match=r"must lie|need"):
         bad()  # type: ignore[operator]
+
+
+def test_a_finished_answer_that_nobody_judged_has_the_value_of_the_step_before() -> None:
+    class Silent(ToyTask):
+        def check(self, problem: Problem, answer: str) -> None:  # type: ignore[override]  # noqa: ARG002
+            return None
+
+    ctx = context(task=Silent(), value=HeadValue(), check_steps=False)
+    before, _ = ctx.add(ROOT, step("a ;"))
+    ids = np.array([7, 0], dtype=np.int32)
+    node, _ = ctx.add(before, Step("b", ids, np.zeros(2, dtype=np.float32), Stop.EOS))  # EOS is not forwarded: no value
+    ctx.tree.close(node, None, "b")
+    assert math.isnan(ctx.tree.reward[node])
+    assert ctx.value(node) == ctx.value(before) == pytest.approx(0.4)

@@ -1,7 +1,7 @@
 """A run small enough for tests, and a child process that kills itself at a chosen moment of it.
 
-`python -m tests.selfplay.tiny_run MOMENT RUN` launches (or, where RUN exists, resumes) the tiny run; MOMENT is one
-of MOMENTS, or "never".
+`python -m tests.selfplay.tiny_run MOMENT RUN [CONFIG]` launches (or, where RUN exists, resumes) the tiny run, or that
+of a config of one's own; MOMENT is one of MOMENTS, or "never".
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def arrange(moment: str) -> None:
         checkpoint.save = torn  # type: ignore[assignment]
 
 
-def main(moment: str, run: str) -> None:
+def main(moment: str, run: str, given: str | None = None) -> None:
     from selfplay import cli
 
     if moment != "never":
@@ -116,11 +116,12 @@ def main(moment: str, run: str) -> None:
     if (folder / "run.json").exists():
         sys.argv = ["selfplay", "resume", run]
     else:
-        config = folder.parent / "tiny.yaml"
-        config.write_text(CONFIG, encoding="utf-8")
+        config = folder.parent / "tiny.yaml" if given is None else Path(given)
+        if given is None:
+            config.write_text(CONFIG, encoding="utf-8")
         sys.argv = ["selfplay", "launch", str(config), "--run-dir", run]
     cli.main()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

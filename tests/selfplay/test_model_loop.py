@@ -1,0 +1,133 @@
+"""The whole loop on real architectures with byte-pair tokenizers and a chat template, on GSM8K questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mcts.engines import adapters
+from tests.models import FAMILIES, GSM8K, bpe_tokenizer, config, load_policy, save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_data = pytest.mark.skipif(not GSM8K.exists(), reason="the public data are not beside the checkout")
+
+
+def run_config(model: Path, **changes: Any) -> dict[str, Any]:
+    """A run of two short iterations with `model` on chat prompts."""
+    return {
+        "seed": 1,
+        "iterations": 2,
+        "task": {
+            "name": "gsm8k", "path": str(GSM8K), "chat": True, "train_problems": 64, "dev_problems": 2,
+            "heldout_problems": 3, "max_steps": 6, "max_step_tokens": 40,
+        },
+        "model": {"path": str(model), **changes},
+        "warmup": {"steps": 30, "examples_per_step": 8, "lr_warmup_steps": 3},
+        "engine": {"rows": 32, "kv_slots": 16384, "max_context": 512},
+        "play": {
+            "problems": 6, "unit": 3, "open_searches": 6,
+            "search": {
+                "strategy": {"name": "mcts", "commit": "never", "simulations": 6, "expand": 2}, "budget": 240,
+                "prior_rule": "draws",
+            },
+        },
+        "learn": {"steps": 6, "items_per_step": 8, "replay": 0.5, "lr_scale": 0.5, "optimizer": {"lr": 0.004}},
+        "evaluate": {"samples": 0},
+        "cluster": {"executor": "inline", "learner_threads": 1},
+    }  # fmt: skip
+
+
+def selfplay(*arguments: str, moment: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = (
+        [sys.executable, "-m", "selfplay"] if moment is None else [sys.executable, "-m", "tests.selfplay.tiny_run"]
+    )
+    return subprocess.run(
+        [*command, *([moment] if moment else []), *arguments],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def whole_loop(folder: Path, family: str, **changes: Any) -> list[dict[str, Any]]:
+    """Launch, kill -9 in the middle of play, resume, inspect, evaluate, solve; the rows of metrics.jsonl."""
+    model = save_model(
+        folder / "model", family, tok=bpe_tokenizer(), head=False, scale=1.0, width=48, layers=2, context=512
+    )
+    file, run = folder / "run.yaml", folder / "run"
+    file.write_text(yaml.safe_dump(run_config(model, **changes)))
+    killed = selfplay(str(run), str(file), moment="play")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = selfplay("resume", str(run))
+    assert resumed.returncode == 0, resumed.stderr
+    rows = metrics(run)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    inspected = selfplay("inspect", str(run), "--json")
+    assert inspected.returncode == 0, inspected.stderr
+    evaluated = selfplay(
+        "evaluate", str(run), "--strategy", "greedy", "--strategy", "sampler", "--budget", "240",
+        "--json", str(folder / "evaluated.json"),
+    )  # fmt: skip
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert {line["problems"] for line in json.loads((folder / "evaluated.json").read_text())["lines"]} == {3}
+    solved = selfplay("solve", str(run), "Tom has 3 apples and buys 4. How many?", "--budget", "240")
+    assert solved.returncode in (0, 1), solved.stderr
+    assert "Traceback" not in solved.stderr
+    assert "tokens sampled" in solved.stdout
+    return rows
+
+
+SHOWN = ("policy_loss", "value_loss", "replay_nll", "replay_value_loss", "logprob_gap", "sampled_tokens", "solved")
+
+
+def falls(rows: list[dict[str, Any]]) -> None:
+    """Policy and value losses on worked examples are lower in the iterations than over the warm-up."""
+    first, last = rows[0], rows[-1]
+    print([{k: row.get(k) for k in SHOWN} for row in rows])
+    assert last["replay_nll"] < first["policy_loss"]
+    assert last["replay_value_loss"] < first["value_loss"]
+    for row in rows[1:]:
+        assert row["logprob_gap"] is None or row["logprob_gap"] < 1e-3
+        assert row["trained_per_path"] == 0.0
+        assert row["sampled_tokens"] > 0
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_loop_runs_with_a_chat_template(tmp_path: Path, family: str) -> None:
+    falls(whole_loop(tmp_path, family))
+
+
+@needs_data
+@pytest.mark.slow
+def test_the_whole_loop_trains_a_lora_adapter_on_a_base_that_stays_as_it_was(tmp_path: Path) -> None:
+    rows = whole_loop(tmp_path, "qwen2", lora={"rank": 4, "alpha": 8}, gradient_checkpointing=True)
+    falls(rows)
+    newest = tmp_path / "run" / "checkpoints" / "00002" / "policy"
+    assert adapters.base_of(newest) == str(tmp_path / "model")
+    assert not (newest / "model.safetensors").exists()
+    assert not adapters.has_adapter(load_policy(newest).model)
+
+
+def test_a_context_longer_than_the_model_reads_is_refused_before_the_run_begins(tmp_path: Path) -> None:
+    assert config("llama", 50).max_position_embeddings == 256
+    model = save_model(tmp_path / "model")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({
+        "task": {"name": "countdown", "numbers": 3}, "model": {"path": str(model)}, "engine": {"max_context": 300},
+        "play": {"search": {"strategy": {"name": "mcts"}, "budget": 96}},
+    }))  # fmt: skip
+    refused = selfplay("launch", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run"))
+    assert refused.returncode == 2
+    assert "lower max_context" in refused.stderr
+    assert not (tmp_path / "run").exists()
