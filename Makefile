@@ -24,10 +24,10 @@ selfplay: $(VENV)/.installed
 	else $(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED); fi
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not bench and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not bench and not gpu and not server"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not bench and not server"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -37,15 +37,15 @@ from selfplay.stats import auc
 from selfplay.worker import EvaluationJob, evaluate_problems, make_search, stream_seed
 
 SAMPLER = "sampler"
-TEMPERATURES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.2)
+TEMPERATURES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5)
 GRIDS: dict[str, tuple[dict[str, Any], dict[str, Sequence[Any]]]] = {
     SAMPLER: ({"name": "best_of_n", "n": 0, "until_win": True}, {"temperature": TEMPERATURES}),
     "mcts": (
         {"name": "mcts", "commit": "never", "simulations": 0, "expand": 1},
-        {"c_init": (0.1, 0.4, 1.25), "temperature": (0.65, 1.0)},
+        {"c_init": (0.05, 0.1, 0.3, 1.25), "fpu_reduction": (0.0, 0.2)},
     ),
     "gumbel": ({"name": "gumbel", "expand": 1}, {"m": (4, 8, 16), "simulations": (16, 64)}),
-    "index": ({"name": "index"}, {"temperature": (0.65, 1.0), "expand": (1, 2)}),
+    "index": ({"name": "index"}, {"trust": (0.9, 0.99), "temperature": (0.65, 1.0)}),
     "redraw": ({"name": "redraw"}, {"ratio": (0.5, 1.0, 2.0), "temperature": (0.65, 1.0)}),
 }
 """Per method: its fixed settings, and the settings that are tuned (temperature is the search's)."""

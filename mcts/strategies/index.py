@@ -40,7 +40,7 @@ class Index:
     """Nodes drawn at in one wave."""
     patience: int = 8
     """Draws in a row without anything new after which a node is closed."""
-    trust: float = 0.95
+    trust: float = 0.99
     """Highest value that is believed: an overconfident value head must not keep a search at a barren node."""
     kappa: float = 2.0
     pick: str = "weighted"
