@@ -129,7 +129,7 @@ def sentence(error: str) -> str:
         (["resume", "nowhere"], "holds no run"),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["evaluate", "configs"], "--task is needed"),
-        (["evaluate", "nowhere", "--task", "countdown"], "no run, checkpoint or model folder"),
+        (["evaluate", "nowhere", "--task", "countdown"], "no run or checkpoint"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(
