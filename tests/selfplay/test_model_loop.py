@@ -100,10 +100,13 @@ SHOWN = ("policy_loss", "value_loss", "replay_nll", "replay_value_loss", "logpro
 
 
 def losses(policy: Policy) -> tuple[float, float]:
-    """Policy loss (nats a token) and value loss on worked examples that no phase of the run draws, always the same."""
+    """Policy loss (nats a token) and value loss on worked examples that no phase of the run draws, always the same,
+    with a quarter of the negatives as in training (`warmup.negative_share`)."""
     task = load_task(**run_config(Path())["task"])
     encode = ExampleEncoder(policy.tokenizer)
-    items = encode(list(itertools.islice(task.warmup(987654321), 120)))
+    stream = list(itertools.islice(task.warmup(987654321), 160))
+    negatives = [example for example in stream if not example.imitate]
+    items = encode([example for example in stream if example.imitate] + negatives[::4])
     totals, coefficients = Totals.of(items), Coefficients(nll=1.0, value=1.0)
     nll = value = 0.0
     with torch.inference_mode():
