@@ -25,7 +25,7 @@ NAMED = {
     "weighted": "best_of_n:pick=weighted",
     "oracle": "best_of_n:pick=oracle",
     "beam": "beam",
-    "mcts": "mcts:commit=never,simulations=0,expand=1,c_init=0.1",
+    "mcts": "mcts:commit=never,simulations=0,expand=1,c_init=0.1,fpu_reduction=0",
     "gumbel": "gumbel",
     "index": "index",
     "redraw": "redraw",
