@@ -37,6 +37,49 @@ def test_two_ray_workers_and_a_killed_one_give_what_one_process_gives(tmp_path: 
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["iteration 1 learn", "iteration 2 play"])
+def test_a_ray_job_killed_as_a_whole_and_resumed_gives_what_one_process_gives(tmp_path: Path, moment: str) -> None:
+    inline = run_child("never", tmp_path / "inline")
+    assert inline.returncode == 0, inline.stderr
+    config = tmp_path / "ray.yaml"
+    config.write_text(CONFIG.replace("executor: inline", "executor: ray, workers: 2"), encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay"]
+    launched = [*command, "launch", str(config), "--run-dir", str(tmp_path / "ray")]
+    with subprocess.Popen(
+        launched, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(moment):
+                kill_all(process.pid)
+                break
+    assert process.returncode == -signal.SIGKILL
+    resumed = subprocess.run(
+        [*command, "resume", str(tmp_path / "ray")],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")
+
+
+def kill_all(driver: int) -> None:
+    """SIGKILL the driver and everything that it started, Ray's own processes included."""
+    family = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _descends(int(p.name), driver)]
+    for pid in [driver, *family]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it went with its parent
+
+
+def _descends(pid: int, driver: int) -> bool:
+    try:
+        return driver in ancestors(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it ended while we looked
+
+
 def kill_one_worker(driver: int) -> bool:
     """SIGKILL one worker actor of this driver's own Ray."""
     for process in Path("/proc").iterdir():
