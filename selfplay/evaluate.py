@@ -68,8 +68,8 @@ class Report:
 
     def table(self) -> Table:
         table = Table(title=f"{self.model}: {self.lines[0].problems} problems", title_justify="left")
-        for name in ("strategy", "budget", "accuracy", "95% interval", "tokens/problem", "tokens/win", "seconds"):
-            table.add_column(name, justify="left" if name == "strategy" else "right")
+        for name in ("strategy", "budget", "won", "95% interval", "tokens", "per win", "seconds"):
+            table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
         for line in self.lines:
             d = line.data()
             table.add_row(
