@@ -33,7 +33,12 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXTS = ["Step one.\n\nStep two: 3 + 4 = 7\n", "a\n\n\nb\n\n- c.\n\n- d", "So 12 * 3 = 36.\n\n#### 36"] * 40
+TEXTS = [
+    "Step one.\n\nStep two: 3 + 4 = 7\n",
+    "a\n\n\nb\n\n- c.\n\n- d",
+    "So 12 * 3 = 36.\n\n#### 36",
+    "It is so.\nIt is not.\nEnd.\n",
+] * 40
 """What a byte-pair tokenizer is trained on where the public data are not there."""
 
 
@@ -57,10 +62,13 @@ def tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
 
 @cache
 def _gsm8k_texts(count: int = 1000) -> tuple[str, ...]:
-    """Questions and solutions, with lines and blank lines between steps."""
+    """Questions and solutions, with lines and blank lines between steps; where they are absent, the project's own
+    licence and README, so that the tokenizer is one of the same kind and size."""
     file = GSM8K / "train.jsonl"
     if not file.exists():
-        return tuple(TEXTS)
+        root = Path(__file__).resolve().parents[1]
+        own = [(root / name).read_text(encoding="utf-8") for name in ("LICENSE", "README.md")]
+        return tuple([*TEXTS, *own] + [text.replace("\n", "\n\n") for text in own])
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
     found = [f"{row['question']}\n{row['answer']}\n" for row in rows]
     return tuple(found + [text.replace("\n", "\n\n") for text in found[:200]])
