@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 USAGE = 2
+MOST_SEED = (1 << 64) - 1
 
 
 def main() -> None:
@@ -180,7 +181,7 @@ def evaluate(
     budget: Annotated[list[int] | None, typer.Option(help="sampled tokens per problem; repeatable", min=1)] = None,
     limit: Annotated[int | None, typer.Option(help="at most this many problems", min=1)] = None,
     split: Annotated[str, typer.Option(help="heldout or dev")] = "heldout",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures here")] = None,
 ) -> None:
     """Accuracy against the tokens really spent, per strategy and budget, with 95% intervals."""
@@ -188,6 +189,8 @@ def evaluate(
 
     from selfplay.evaluate import evaluate_model
 
+    if json_file is not None:
+        _check_writable(json_file)
     report = evaluate_model(
         model,
         task=task,
@@ -204,6 +207,15 @@ def evaluate(
         json_file.write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
 
 
+def _check_writable(file: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it."""
+    from selfplay.errors import UserError
+
+    if file.is_dir() or not file.parent.is_dir():
+        state = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise UserError(f"cannot write {file}: {state}; choose another --json")
+
+
 def _plain_progress() -> Callable[[str], None]:
     return lambda text: print(text, file=sys.stderr, flush=True)
 
@@ -215,7 +227,7 @@ def solve(
     strategy: Annotated[str, typer.Option(help="strategy name or name:key=value,...")] = "mcts",
     budget: Annotated[int, typer.Option(help="sampled tokens", min=1)] = 400,
     task: Annotated[str | None, typer.Option(help="task; default the run's")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED)] = 0,
     show_tree: Annotated[bool, typer.Option("--show-tree", help="draw the search tree at the end")] = False,
 ) -> None:
     """Solve one problem, showing the reasoning step by step as it comes."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -26,6 +26,9 @@ from pydantic import (
 
 from selfplay.errors import UserError
 
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What a text that is no YAML raises; ValueError for a number of 5,000 digits or a date that is none."""
+
 
 class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence that says what to change."""
@@ -34,7 +37,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """Strict: an unknown key is an error, and values are never changed after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
@@ -306,13 +309,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read config {path}: it is no UTF-8 text; give the path of a YAML file") from error
     return parse_config(text, overrides, source=str(path))
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NO_YAML as error:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source} must hold a mapping of keys, not {type(tree).__name__}")
@@ -336,8 +341,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is not a section")
     try:
         node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    except NO_YAML as error:
+        raise ConfigError(f"override {override[:80]!r}: the value is not valid YAML") from error
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -357,6 +362,7 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
     """Field names of the section at `location`."""
     section: Any = Config
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Part
+        field = section.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]  # a section, or one of several
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), Part)
     return list(section.model_fields)

@@ -23,6 +23,7 @@ RUNTIME = (
     ("selfplay.checkpoint", "CheckpointError"),
     ("selfplay.errors", "NonFiniteLoss"),
     ("mcts.types", "SearchError"),
+    ("mcts.engines.model", "DamagedModel"),
 )
 """Errors of what a user has, not of what a user typed. Exit code 1."""
 

@@ -88,8 +88,10 @@ def read_problems(path: Path) -> list[Problem]:
     """Problems from JSONL: `id` and `prompt`, optional `reference` and `meta`. Raises UserError naming the row."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read problems {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read problems {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read problems {path}: it is no UTF-8 text") from error
     problems: list[Problem] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, start=1):
@@ -97,12 +99,16 @@ def read_problems(path: Path) -> list[Problem]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, row {number}: not valid JSON ({error.msg})") from error
+        except ValueError as error:  # or a whole number of 5,000 digits
+            raise UserError(f"{path}, row {number}: not valid JSON ({error})") from error
+        except RecursionError as error:
+            raise UserError(f"{path}, row {number}: nested too deeply") from error
         if not isinstance(row, dict) or not {"id", "prompt"} <= row.keys():
             raise UserError(f"{path}, row {number}: a problem needs the fields id and prompt")
         if not isinstance(row["id"], str | int) or not isinstance(row["prompt"], str | list):
             raise UserError(f"{path}, row {number}: id must be text or a number, prompt text or chat messages")
+        if not isinstance(row.get("meta"), dict | None):
+            raise UserError(f"{path}, row {number}: meta must be an object")
         name = str(row["id"])
         if name in seen:
             raise UserError(f"{path}, row {number}: the id {name!r} is there twice")

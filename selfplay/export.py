@@ -137,6 +137,9 @@ def _check(path: Path, form: str, out: Path, gap: float, value: str) -> None:
     card = out.parent / CARD
     if card.exists() and not owns_card(card.read_text(encoding="utf-8", errors="replace"), out.name):
         raise ExportError(f"{card} describes something else; export into a folder of its own")
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    if not home.is_dir():
+        raise ExportError(f"cannot write {out}: {home} is no folder; choose another --out")
     if not list_shards(path):
         raise ExportError(f"no traces below {path} yet; wait for the first unit of the run, or check the path")
 

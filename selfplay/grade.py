@@ -58,11 +58,13 @@ def grade_file(path: Path, verifier: str) -> Iterator[Graded]:
     (is it a win?); other fields are ignored. Of either text the final answer is taken where it has an answer marker
     (`mcts.verify.extract`), else the whole of it.
 
-    Raises UserError in one sentence: no such file, or a row (named by its number) that is not as it should be.
+    Raises UserError in one sentence: no such file, none or a row (named by its number) that is not as it should be.
     VerifierSettingError: no such verifier.
     """
     judge = load_verifier(verifier)
     rows = list(_rows(path))
+    if not rows:
+        raise UserError(f"{path} holds no rows; a row has the texts gold and prediction")
     kind = verifier if verifier in KINDS else "exact"
 
     def grade(row: tuple[int, dict[str, Any]]) -> Graded:

@@ -1,5 +1,6 @@
 """`launch --dry-run`: what a run needs, from its config alone, and whether that fits. Loads no weight.
 
+With `engine.kind: server` the engine's weights and caches lie with the server, whose memory is not part of the plan.
 Exact, for what is built here: parameters, bytes of weights, gradients, optimiser state, keys and values, and what the
 trunk keeps for its backward pass under fused attention. Bounds: attention scores, logits and sampling. Tokens are the
 most that the config allows, times and costs follow from speeds and prices that the config states.
@@ -16,7 +17,7 @@ import torch
 from rich.table import Table
 
 from mcts.strategies import build as build_strategy
-from selfplay.config import Config
+from selfplay.config import Config, ServerConfig
 from selfplay.objectives import build_objective
 from selfplay.objectives.base import Need
 from selfplay.plan_model import BYTES, PlanError, Shape, shape_of
@@ -61,7 +62,7 @@ class Plan:
     in_flight: int
     """Searches at once per worker."""
     kv_token: int
-    """Bytes of keys and values per token."""
+    """Bytes of keys and values per token; 0 where a server keeps them."""
     checkpoint: int
     """Bytes on disk."""
     prompt_tokens: int
@@ -124,7 +125,9 @@ class Plan:
         ]
         lines += [
             f"searches in flight per worker: {self.in_flight} of {self.search_slots:,} KV slots each "
-            f"({self.kv_token:,} bytes per token)",
+            + (
+                f"({self.kv_token:,} bytes per token)" if self.kv_token else "(the server's, which is not planned here)"
+            ),
             f"checkpoint on disk: {gib(self.checkpoint)}",
             "tokens per iteration, at most: " + ", ".join(f"{name} {n:,}" for name, n in self.tokens.items()),
             f"reckoned with prompts of {self.prompt_tokens:,} tokens and training items of {self.item_tokens:,}",
@@ -174,7 +177,7 @@ def make_plan(config: Config) -> Plan:
         usable=usable,
         search_slots=slots,
         in_flight=in_flight,
-        kv_token=kv_bytes(config, shape),
+        kv_token=0 if config.engine.kind == "server" else kv_bytes(config, shape),
         checkpoint=(shape.adapters or shape.weights) + head + shape.optimizer,
         prompt_tokens=prompt_tokens(config),
         item_tokens=item_tokens(config),
@@ -200,6 +203,8 @@ def row_length(config: Config, shape: Shape) -> int:
 
 
 def _worker(config: Config, shape: Shape) -> dict[str, int]:
+    if config.engine.server is not None:
+        return _beside_a_server(config, config.engine.server, shape)
     size, rows = BYTES[config.model.dtype], config.engine.rows
     length = row_length(config, shape)
     scores = rows * shape.heads * length * (2 * size + 4)  # one layer at a time
@@ -209,6 +214,20 @@ def _worker(config: Config, shape: Shape) -> dict[str, int]:
         "KV cache, tree": config.engine.kv_slots * kv_bytes(config, shape),
         "KV cache, rows": rows * length * kv_bytes(config, shape),
         "activations": scores + logits,
+    }
+
+
+def _beside_a_server(config: Config, server: ServerConfig, shape: Shape) -> dict[str, int]:
+    """What a worker keeps whose steps a server draws: nothing, or with `value: local` the policy and its head, which
+    read one sequence at a time. (A reload that is checked by log-probabilities loads it once more, on the CPU.)"""
+    if server.value != "local":
+        return {}
+    size = BYTES[config.model.dtype]
+    low = 2 if config.learn.precision == "bfloat16" else size
+    layer = -(-shape.activation // shape.layers) * size // low  # `activation` is that of the learner's arithmetic
+    return {
+        "weights": shape.weights + 4 * shape.head_parameters,
+        "one sequence": config.engine.max_context * (layer + kv_bytes(config, shape)),
     }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcts.engines.model import DTYPES
 from mcts.engines.value_head import ValueHead
@@ -107,6 +108,8 @@ def _read(folder: Path) -> Any:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PlanError(f"cannot read {folder}/config.json: {error}; give a Hugging Face model folder") from error
+    if not isinstance(facts, dict):
+        raise PlanError(f"{folder}/config.json holds no JSON object; give a Hugging Face model folder")
     return _make(facts, f"{folder}/config.json")
 
 
@@ -118,7 +121,16 @@ def _make(facts: Mapping[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(kind, **known)
     except ValueError as error:
-        raise PlanError(f"{where}: transformers knows no model_type {kind!r}") from error
+        if kind not in CONFIG_MAPPING:
+            raise PlanError(f"{where}: transformers knows no model_type {kind!r}") from error
+        raise PlanError(f"{where} is no {kind}: {_shortly(error)}") from error
+    except (StrictDataclassError, TypeError, ArithmeticError) as error:  # a width of 0, a text for a number
+        raise PlanError(f"{where} is no {kind}: {_shortly(error)}") from error
+
+
+def _shortly(error: Exception) -> str:
+    """What another library has to say, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def shape_of(config: Config) -> Shape:
@@ -130,8 +142,9 @@ def shape_of(config: Config) -> Shape:
         model = meta_model(found, dtype)
         traced = meta_model(found, "bfloat16" if low else dtype)
         activation = activation_bytes(traced)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise PlanError(f"no causal language model can be planned from this architecture: {error}") from error
+    except (ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
+        what = _shortly(error)
+        raise PlanError(f"no causal language model can be planned from this architecture: {what}") from error
     head = ValueHead(int(found.hidden_size), config.model.value_width)
     head_parameters = sum(p.numel() for p in head.parameters())
     parameters = list(model.parameters())

@@ -93,7 +93,11 @@ class RunFolder:
             raise RunError(f"{path} holds no run (no run.json); give the folder that `selfplay launch` named")
         lock = cls._hold(path)
         try:
-            facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            try:
+                facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+                facts["epoch"] += 0
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{path / 'run.json'} is damaged; restore it from a copy") from error
             config = load_config(path / "config.yaml")
             if overrides:
                 changed = parse_config(config.to_yaml(), overrides, source="config")
@@ -154,11 +158,14 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, oldest first; empty where there are none yet."""
+    """The rows of a run's metrics.jsonl, oldest first; empty where there are none yet. Raises RunError."""
     file = path / "metrics.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:  # it is replaced as a whole, so this is no run that was killed
+        raise RunError(f"{file} is damaged ({error}); restore it from a copy") from error
 
 
 def _refuse(changed: Config, config: Config, path: Path) -> None:

@@ -35,6 +35,7 @@ from selfplay.tree_rows import Row
 from selfplay.where import Predicate
 
 REQUIRED_METADATA = ("run_id", "config_hash")
+SUFFIX = ".arrow"
 _NAME = re.compile(r"part-(\d+)\.arrow")
 _FOLDER = re.compile(r"iteration=(\d+)")
 
@@ -69,11 +70,14 @@ def list_shards(path: Path, first: int | None = None, last: int | None = None) -
     `path` is a run, a folder with shards at any depth, or one shard. Raises ShardError where it does not exist.
     """
     if path.is_file():
+        if path.suffix != SUFFIX:
+            raise ShardError(f"{path} is no shard (*{SUFFIX}); give a run folder, a folder of shards or one shard")
         return [path]
     if not path.is_dir():
-        raise ShardError(f"{path} does not exist; give a run folder, a folder of shards or one shard")
+        state = "is neither file nor folder" if path.exists() else "does not exist"
+        raise ShardError(f"{path} {state}; give a run folder, a folder of shards or one shard")
     root = path / "traces" if (path / "traces").is_dir() else path
-    found = [(shard_key(p), p) for p in root.rglob("*.arrow") if "pending" not in p.relative_to(root).parts]
+    found = [(shard_key(p), p) for p in root.rglob(f"*{SUFFIX}") if "pending" not in p.relative_to(root).parts]
     return [
         p
         for (iteration, _), p in sorted(found)

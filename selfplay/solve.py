@@ -12,9 +12,11 @@ from rich.markup import escape
 
 from mcts.context import SearchContext, Strategy
 from mcts.search import Driver
+from mcts.tasks.base import TaskError
 from mcts.tree import ROOT, Tree
 from mcts.types import SearchResult, Status
 from mcts.waves import Outcome, Replies, Wave
+from selfplay.errors import UserError
 from selfplay.inspect import render_tree
 from selfplay.source import find_source, parse_search
 from selfplay.worker import make_search
@@ -69,10 +71,13 @@ def solve_problem(
     show_tree: bool,
     console: Console,
 ) -> bool:
-    """Search, print, and say whether the answer passed the task's check. Raises UserError and TaskError."""
+    """Search, print, and say whether the answer passed the task's check. Raises UserError."""
     source = find_source(model, task)
     kind = source.load_task()
-    asked = kind.read(problem)
+    try:
+        asked = kind.read(problem)
+    except TaskError as error:
+        raise UserError(str(error)) from error  # what was typed, not what a search met
     settings = parse_search(strategy, budget, source.config.play.search, kind)
     search = make_search(asked, settings, seed, learning=False)
     engine = source.load_engine(kind)

@@ -63,6 +63,8 @@ def find_source(model: str, task: str | None = None) -> Source:
     path = Path(model).absolute()
     if not path.exists():
         path = _cached(model)
+    if not path.is_dir():
+        raise UserError(f"{model} is no folder; give a run, a checkpoint or a model folder")
     if (path / "run.json").exists():
         config = _with_task(load_config(path / "config.yaml"), task)
         last = checkpoint.latest(path / "checkpoints")
@@ -71,7 +73,13 @@ def find_source(model: str, task: str | None = None) -> Source:
         folder = checkpoint.path_of(path / "checkpoints", last)
         return Source(folder / "policy", folder / "value_head.safetensors", config, last)
     if (path / "state.json").exists():
-        config = _with_task(load_config(path.parent.parent / "config.yaml"), task)
+        run = path.parent.parent
+        if not (run / "config.yaml").exists() or not path.name.isdecimal():
+            raise UserError(
+                f"{model} is a checkpoint out of its place; keep it as RUN/checkpoints/NUMBER, or give its "
+                "policy folder and --task"
+            )
+        config = _with_task(load_config(run / "config.yaml"), task)
         return Source(path / "policy", path / "value_head.safetensors", config, int(path.name))
     if task is None:
         raise UserError(f"{model} is no run, so --task is needed to say what kind of problems it is for")
@@ -97,7 +105,10 @@ def _with_task(config: Config, task: str | None) -> Config:
 def _bare_config(task: str, folder: Path) -> Config:
     """Defaults for a model that comes without a run; its context as far as 2,048 tokens."""
     facts = folder / "config.json"
-    allowed = json.loads(facts.read_text(encoding="utf-8")).get("max_position_embeddings") if facts.exists() else None
+    try:
+        allowed = json.loads(facts.read_text(encoding="utf-8")).get("max_position_embeddings") if facts.exists() else 0
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{facts} is no model's config.json ({error}); give a Hugging Face folder") from error
     context = min(2048, allowed or 2048)
     search = SearchConfig(strategy=Part(name="mcts"), budget=1024)
     return Config(

@@ -27,7 +27,7 @@ MCTS_ROOMS: dict[str, set[str]] = {
     "value": {"types", "tree", "waves"},
     "context": {"types", "rng", "budget", "tree", "waves", "policy", "value", "tasks.base"},
     "search": {"types", "rng", "budget", "tree", "waves", "policy", "value", "context", "tasks.base", "engines.base"},
-    "strategies": {"types", "rng", "budget", "tree", "waves", "selection", "policy", "value", "search"},
+    "strategies": {"types", "rng", "budget", "tree", "waves", "selection", "policy", "value", "search", "registry"},
 }
 """What each room of mcts may import at run time, itself and its own files beside it."""
 

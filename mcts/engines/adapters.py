@@ -15,7 +15,8 @@ _NAME = "default"
 
 def base_of(folder: Path) -> str:
     """The folder or name of the model that the adapter in `folder` was trained on; ValueError where it names none."""
-    name = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    facts = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    name = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     if not name:
         raise ValueError(f"{folder / CONFIG} names no base model: write it as base_model_name_or_path")
     return str(name)

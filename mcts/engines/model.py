@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mcts.engines import adapters
@@ -18,6 +19,10 @@ from mcts.types import SettingError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 """What configs call the longest sequence that a model reads."""
+
+
+class DamagedModel(Exception):
+    """Weights that cannot be read; the message is one sentence."""
 
 
 class ModelError(SettingError):
@@ -149,7 +154,10 @@ def context_of(path: str | Path) -> int | None:
     folder, _ = _folders(path, None)
     if not (folder / "config.json").is_file():
         return context_of(_base_of(folder))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'} is no JSON ({error}): give a Hugging Face model folder") from error
     return next((int(config[name]) for name in _POSITIONS if config.get(name)), None)
 
 
@@ -198,7 +206,10 @@ def load_policy(
     model = model.to(device).eval()
     value_head = None
     if head_file is not None:
-        value_head = ValueHead.load(head_file).to(device).eval()
+        try:
+            value_head = ValueHead.load(head_file).to(device).eval()
+        except ValueError as error:
+            raise DamagedModel(f"the value head cannot be read: {error}") from error
         if value_head.hidden_size != model.config.hidden_size:
             raise ModelError(
                 f"{head_file} reads {value_head.hidden_size} hidden units but the policy has "
@@ -216,6 +227,11 @@ def _load(folder: Path, dtype: str, attn: str) -> tuple[Any, Any]:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    except SafetensorError as error:
+        raise DamagedModel(f"the weights in {folder} are damaged ({error}): restore them from a copy") from error
+    except RuntimeError as error:  # other shapes than config.json says
+        lines = str(error).strip().splitlines()
+        raise ModelError(f"the weights in {folder} are not those of its config.json: {lines[0]}") from error
     return model, _tokenizer(folder)
 
 

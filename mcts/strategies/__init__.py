@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from difflib import get_close_matches
 from typing import Any, cast
 
+from mcts.registry import nearest, wrong_kind
 from mcts.search import Strategy
 from mcts.types import SettingError
 
@@ -26,19 +26,13 @@ REGISTRY: dict[str, str] = {
 }
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, or all of them."""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known)) or 'none'}"
-
-
 def build(name: str, /, **settings: Any) -> Strategy:
     """A strategy from its registered name or the dotted path of its class, with its settings.
     Raises StrategyError for an unknown name, a path that cannot be imported, or an unknown or bad setting."""
     path = REGISTRY.get(name, name)
     module_name, _, class_name = path.replace(":", ".").rpartition(".")
     if not module_name:
-        raise StrategyError(f"unknown strategy {name!r}: {nearest(name, list(REGISTRY))}")
+        raise StrategyError(f"unknown strategy {name!r}{nearest(name, REGISTRY)}")
     try:
         made = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
@@ -48,7 +42,10 @@ def build(name: str, /, **settings: Any) -> Strategy:
     known = [p for p in inspect.signature(made).parameters if p not in ("args", "kwargs")]
     for setting in settings:
         if setting not in known:
-            raise StrategyError(f"strategy {name!r} has no setting {setting!r}: {nearest(setting, known)}")
+            raise StrategyError(f"strategy {name!r} has no setting {setting!r}{nearest(setting, known)}")
+    objection = wrong_kind(made, settings)
+    if objection:
+        raise StrategyError(f"strategy {name!r}: {objection}")
     try:
         return cast(Strategy, made(**settings))
     except (TypeError, ValueError) as error:

@@ -27,4 +27,4 @@ def load_task(name: str, **settings: object) -> Task:
     Raises TaskSettingError in one sentence: no such task or setting (naming the nearest one), a setting that is
     missing, or one that the task refuses.
     """
-    return cast(Task, load("task", name, TASKS, settings, TaskSettingError))
+    return cast(Task, load("task", name, TASKS, settings, TaskSettingError, "problems"))

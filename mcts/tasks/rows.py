@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcts.registry import nearest
 from mcts.tasks.base import TaskSettingError
-from mcts.tasks.settings import TextSettings, nearest
+from mcts.tasks.settings import TextSettings
 
 SPLITS = ("train", "dev", "heldout")
 SPLIT_NAMES = {

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mcts.registry import nearest
 from mcts.tasks.base import TaskSettingError
 from mcts.verify.extract import KINDS
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names the nearest known word, or all of them where none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f": did you mean {near[0]!r}?"
-    return f": choose one of {', '.join(known)}" if known else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mcts.registry import nearest
 from mcts.tasks.base import Example, TaskError, TaskSettingError
 from mcts.tasks.prompts import Prompts, Shot
 from mcts.tasks.rows import SPLITS, BadRow, Row, find_files, limited, normal, places, read_rows, split_of
-from mcts.tasks.settings import TextSettings, nearest, text_settings
+from mcts.tasks.settings import TextSettings, text_settings
 from mcts.tasks.steps import after_thinking, split_text
 from mcts.tasks.worked import Worked, apart, drop_repeats, is_number, one_way, worked_examples, wrong_number
 from mcts.types import Problem, Status, Verdict

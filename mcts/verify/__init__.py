@@ -25,4 +25,4 @@ def load_verifier(name: str, **settings: object) -> Verifier:
     Raises VerifierSettingError in one sentence: no such verifier or setting (naming the nearest one), a setting that is
     missing, or one that the verifier refuses.
     """
-    return cast(Verifier, load("verifier", name, VERIFIERS, settings, VerifierSettingError))
+    return cast(Verifier, load("verifier", name, VERIFIERS, settings, VerifierSettingError, "verify"))

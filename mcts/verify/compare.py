@@ -1,8 +1,7 @@
 """Are two readings the same mathematical object? Runs in a worker only: formulas go to math-verify's parser and sympy.
 
 The comparison is ours because math-verify's own rounds to 15 digits (2^-99 is 2^-98), takes the last side of any chain
-(`17 = 18` is 18) and lets a set pass for a tuple. Two formulas are equal if their difference vanishes at points where
-both are defined, each evaluated until it has 15 correct digits or until 1,000 digits of the terms have cancelled.
+(`17 = 18` is 18) and lets a set pass for a tuple.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
-from sympy.core.evalf import PrecisionExhausted
 from sympy.core.function import AppliedUndef
 
+from mcts.verify.equality import equal, is_constant, is_zero, same_formula, value
 from mcts.verify.formula import CannotParse, parse
-from mcts.verify.number import Number, stands_for
+from mcts.verify.number import Number
 from mcts.verify.reading import (
     Chain,
     Expression,
@@ -29,14 +28,8 @@ from mcts.verify.reading import (
     Words,
     read,
 )
+from mcts.verify.sets import same_set
 
-CANCELLED_DIGITS = 1000
-_POINTS = (
-    ("3/7", "5/11", "13/17", "19/23"),
-    ("-8/5", "9/7", "-6/13", "21/19"),
-    ("29/11", "-31/17", "37/13", "-2/23"),
-)
-"""Values of the first, second, ... variable, one row for each point; further variables repeat them, scaled."""
 _WORD_NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six"),
     *("seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -135,12 +128,12 @@ def contradicts(reading: Reading) -> bool:
     if isinstance(reading, Chain):
         if reading.signs == ("~",):
             return contradicts(reading.sides[0]) or not _near(*reading.sides)
-        constants = [side for side in reading.sides if _constant(side)]
+        constants = [side for side in reading.sides if is_constant(side)]
         for number, (left, right) in enumerate(zip(reading.sides, reading.sides[1:], strict=False)):
             if (
                 reading.signs[number] != "="
-                and _constant(left)
-                and _constant(right)
+                and is_constant(left)
+                and is_constant(right)
                 and not _holds(left, reading.signs[number], right)
             ):
                 return True
@@ -153,7 +146,7 @@ def _near(left: Reading, right: Reading) -> bool:
     """May two sides be about the same: no two constants that are more than a hundredth apart?"""
     left = left.sides[-1] if isinstance(left, Chain) else left
     a, b = value(left), value(right)
-    if a is None or b is None or not (_constant(left) and _constant(right)) or not (a.is_real and b.is_real):
+    if a is None or b is None or not (is_constant(left) and is_constant(right)) or not (a.is_real and b.is_real):
         return True
     return bool(100 * abs(a - b) <= abs(a))
 
@@ -167,19 +160,6 @@ def _holds(left: Reading, sign: str, right: Reading) -> bool:
     if equal(a, b):
         return sign in ("<=", ">=")
     return bool((a < b) == (sign in ("<", "<=")))
-
-
-def _constant(reading: Reading) -> bool:
-    found = value(reading)
-    return found is not None and not found.free_symbols and not found.atoms(AppliedUndef)
-
-
-def value(reading: Reading) -> sympy.Expr | None:
-    """A number or formula as sympy has it; None for anything else."""
-    if isinstance(reading, Number):
-        rational: sympy.Expr = sympy.Rational(reading.value.numerator, reading.value.denominator)
-        return rational / 100 if reading.percent else rational
-    return parse(reading.latex) if isinstance(reading, Expression) else None
 
 
 def same(gold: Reading, given: Reading) -> bool:
@@ -197,7 +177,7 @@ def same(gold: Reading, given: Reading) -> bool:
     if isinstance(gold, Number) and isinstance(given, Number):
         return gold.same(given)
     if isinstance(gold, Number | Expression) and isinstance(given, Number | Expression):
-        return _same_formula(gold, given)
+        return same_formula(gold, given)
     if isinstance(gold, Ratio) and isinstance(given, Ratio):
         return _pairwise(gold.items, given.items)
     if isinstance(gold, Matrix) and isinstance(given, Matrix):
@@ -210,7 +190,7 @@ def same(gold: Reading, given: Reading) -> bool:
     if isinstance(gold, Union) and isinstance(given, Union) and _matched(gold.items, given.items):
         return True
     if isinstance(gold, Union) or isinstance(given, Union):
-        return _same_set(gold, given)
+        return same_set(gold, given)
     return False
 
 
@@ -269,84 +249,6 @@ def _same_words(gold: Reading, given: Reading) -> bool:
     return "".join(texts[0].split()) == "".join(texts[1].split())
 
 
-def _same_formula(gold: Number | Expression, given: Number | Expression) -> bool:
-    if gold.unit is not None and given.unit is not None and gold.unit != given.unit:
-        return False
-    a, b = value(gold), value(given)
-    assert a is not None
-    assert b is not None
-    for number, other in ((gold, b), (given, a)):
-        if isinstance(number, Number) and number.digits is not None and not other.free_symbols and other.is_real:
-            close = sympy.N(other, number.digits + 30)
-            exact = number.value
-            if close.is_Float and stands_for(exact, number.digits, _fraction(close)):
-                return True
-    if equal(a, b):
-        return True
-    percent = [isinstance(reading, Number) and reading.percent for reading in (gold, given)]
-    return percent[0] != percent[1] and equal(a * 100, b) if percent[0] else percent[1] and equal(a, b * 100)
-
-
-def _fraction(number: sympy.Float) -> Any:
-    from fractions import Fraction
-
-    rational = sympy.Rational(number)
-    return Fraction(int(rational.p), int(rational.q))
-
-
-def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Are two formulas equal, as functions of their variables?"""
-    if a == b:
-        return True
-    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
-        return bool(a == b)
-    difference = _plain(a - b)
-    symbols = sorted(difference.free_symbols, key=str)
-    if not symbols:
-        zero = is_zero(difference)
-        return bool(zero) if zero is not None else False
-    verdicts = []
-    for point in _POINTS:
-        scale = [sympy.Rational(point[i % 4]) * (1 + i // 4) for i in range(len(symbols))]
-        zero = is_zero(difference.subs(dict(zip(symbols, scale, strict=True))))
-        if zero is False:
-            return False
-        verdicts.append(zero)
-    return any(verdicts) or sympy.simplify(difference) == 0
-
-
-def _plain(difference: sympy.Expr) -> sympy.Expr:
-    """Unknown functions as variables: `f(2)` is one, `f(3)` another."""
-    applied = sorted(difference.atoms(AppliedUndef), key=str)
-    return difference.subs({f: sympy.Symbol(f"function_{f}") for f in applied}) if applied else difference
-
-
-def is_zero(constant: sympy.Expr) -> bool | None:
-    """Is a constant zero? None where it is not defined."""
-    if constant.is_Rational:
-        return bool(constant == 0)
-    if constant.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
-        return None
-    for part in constant.as_real_imag() if constant.has(sympy.I) else (constant,):
-        try:
-            if part.is_Rational:
-                if part != 0:
-                    return False
-                continue
-            number = part.evalf(15, maxn=CANCELLED_DIGITS, strict=True)
-        except PrecisionExhausted:
-            continue  # it cancelled to the last digit
-        if (
-            not number.is_number
-            or number.has(sympy.nan, sympy.zoo)
-            or (not number.is_comparable and not number.has(sympy.I))
-        ):
-            return None
-        if number != 0:
-            return False
-    return True
-
-
 def _same_chain(gold: Reading, given: Reading) -> bool:
     if isinstance(gold, Chain) and isinstance(given, Chain):
         if gold.name and given.name and gold.name == given.name:
@@ -356,15 +258,15 @@ def _same_chain(gold: Reading, given: Reading) -> bool:
         a, b = _upward(gold), _upward(given)
         if a.signs == b.signs and _pairwise(a.sides, b.sides):
             return True
-        return not {"="} & set(gold.signs + given.signs) and _same_set(gold, given)
+        return not {"="} & set(gold.signs + given.signs) and same_set(gold, given)
     chain, other = (gold, given) if isinstance(gold, Chain) else (given, gold)
     assert isinstance(chain, Chain)
     if set(chain.signs) == {"="}:
-        if not chain.name and not all(_constant(side) for side in chain.sides):
+        if not chain.name and not all(is_constant(side) for side in chain.sides):
             return False
         return same(chain.sides[-1], other) if chain is gold else same(other, chain.sides[-1])
     if isinstance(other, Ordered | Union) or (isinstance(other, Listed) and other.braces):
-        return _same_set(gold, given)
+        return same_set(gold, given)
     return False
 
 
@@ -393,50 +295,3 @@ def _same_relation(gold: Chain, given: Chain) -> bool:
     if factor.is_negative:
         sign = _FLIPPED[sign]
     return bool(factor.is_real) and sign == gold.signs[0]
-
-
-def _same_set(gold: Reading, given: Reading) -> bool:
-    a, b = as_set(gold), as_set(given)
-    return a is not None and b is not None and bool(a == b or a.symmetric_difference(b) == sympy.S.EmptySet)
-
-
-def as_set(reading: Reading) -> sympy.Set | None:
-    """A set of real numbers, None where it is none: an interval, a set, a union of them, what an inequality allows."""
-    if isinstance(reading, Union):
-        sets = [as_set(item) for item in reading.items]
-        return None if any(part is None for part in sets) else sympy.Union(*sets)
-    if isinstance(reading, Listed):
-        values = [value(item) for item in reading.items]
-        if any(number is None or not number.is_real for number in values):
-            return None
-        return sympy.FiniteSet(*values)
-    if isinstance(reading, Ordered) and len(reading.items) == 2:
-        ends = [value(item) for item in reading.items]
-        if any(end is None or not end.is_extended_real or end.free_symbols for end in ends):
-            return None
-        return sympy.Interval(*ends, reading.left == "(", reading.right == ")")
-    return _solutions(reading) if isinstance(reading, Chain) else None
-
-
-def _solutions(chain: Chain) -> sympy.Set | None:
-    """The real numbers that an inequality in one unknown (a variable, or a function's value) allows."""
-    sides = [value(side) for side in chain.sides]
-    if any(side is None for side in sides):
-        return None
-    unknowns = sorted({atom for side in sides for atom in _plain(side).free_symbols}, key=str)
-    if len(unknowns) != 1:
-        return None
-    x = sympy.Symbol("x", real=True)
-    plain = [_plain(side).subs(unknowns[0], x) for side in sides]
-    allowed: sympy.Set = sympy.S.Reals
-    made = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "!=": sympy.Ne}
-    for left, sign, right in zip(plain, chain.signs, plain[1:], strict=False):
-        try:
-            relation = made[sign](left, right)
-            part = relation.as_set() if relation not in (sympy.true, sympy.false) else None
-        except (NotImplementedError, ValueError, TypeError):
-            return None
-        if part is None:
-            continue
-        allowed = allowed.intersect(part)
-    return allowed

@@ -7,6 +7,7 @@ import difflib
 import importlib
 from typing import Any
 
+from mcts.registry import wrong_kind
 from selfplay.errors import UserError
 from selfplay.objectives.alphazero import AlphaZero
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
@@ -45,6 +46,9 @@ def build_objective(name: str, **settings: Any) -> Objective:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
                 raise ObjectiveError(f"objective {name} has no setting {key}; {hint}")
+    objection = wrong_kind(kind, settings)
+    if objection:
+        raise ObjectiveError(f"objective {name}: {objection}")
     try:
         objective: Objective = kind(**settings)
     except (TypeError, ValueError) as error:

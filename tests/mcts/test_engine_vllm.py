@@ -77,7 +77,7 @@ def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerE
     base = engine.encode(f"{os.urandom(8).hex()} {PROMPT}")
     known: set[tuple[int, ...]] = set()
     assert engine.open(1, base, 3000)
-    rows, frontier, count = [], [base], 0
+    rows, frontier, count, skipped = [], [base], 0, 0
     for _ in range(4):
         below = []
         for prefix in [prefix for prefix in frontier for _ in range(2)]:
@@ -85,8 +85,9 @@ def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerE
             engine.submit(Request(count, 1, prefix, 1, 24, seed=count))
             reply = drain(engine, 1)[count]
             count += 1
-            if reply.error is not None:  # vLLM lets text of a prefix that is no valid UTF-8 leak into the output
+            if reply.error is not None:  # the known limit of docs/SERVER.md, whose cause is not confirmed
                 assert "without the token that ended it" in reply.error
+                skipped += 1
                 continue
             ids = prefix.tolist()
             expected = 0
@@ -98,7 +99,8 @@ def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerE
                 known.update(tuple(forwarded[:end]) for end in range(BLOCK, len(forwarded) + 1, BLOCK))
             below += [extend(prefix, [step]) for step in reply.steps[:2] if step.stop is not Stop.EOS]
         frontier = below
-    print(f"{len(rows)} requests (prefix, cached, whole blocks shared): {rows}")
+    print(f"{skipped} of {count} replies skipped; {len(rows)} (prefix, cached, whole blocks shared): {rows}")
+    assert skipped + len(rows) == count
     assert [cached for _, cached, _ in rows] == [expected for _, _, expected in rows]
     assert len(rows) >= 5
     assert sum(cached for _, cached, _ in rows) > 0

@@ -103,7 +103,7 @@ def test_a_strategy_of_ones_own_plugs_in_by_its_dotted_path() -> None:
     ("name", "options", "message"),
     [
         ("mtcs", {}, "unknown strategy 'mtcs': did you mean 'mcts'"),
-        ("zzz", {}, "known are beam, best_of_n"),
+        ("zzz", {}, "choose one of beam, best_of_n"),
         ("mcts", {"simulation": 3}, "no setting 'simulation': did you mean 'simulations'"),
         ("no.such.module.Thing", {}, "cannot be imported"),
         ("mcts.strategies.beam.Bean", {}, "cannot be imported"),

@@ -161,6 +161,30 @@ def test_a_device_holds_what_it_shares_and_no_more() -> None:
     assert inline.devices[0][0] == "learner and 1 worker"
 
 
+SERVER = "engine.server={url: 'http://127.0.0.1:1', model: m, value: VALUE}"
+
+
+def test_a_served_engine_leaves_its_weights_and_caches_to_the_server() -> None:
+    whole, given = config(), ("engine.kind=server", "engine.kv_slots=100000000")
+    served = make_plan(config(*given, SERVER.replace("VALUE", "none")))
+    assert served.loads[1].parts == {}
+    assert served.devices[0][1] == served.loads[0].total == make_plan(whole).loads[0].total
+    assert served.kv_token == 0
+    assert served.refusal is None, "the server's slots take nothing here"
+    assert any("the server's" in line for line in served.lines())
+
+
+def test_a_value_head_beside_a_server_reads_its_policy_and_one_sequence() -> None:
+    given = ("engine.kind=server", "engine.max_context=200", SERVER.replace("VALUE", "local"))
+    shape = shape_of(config())
+    for override, size in (("model.dtype=float32", 4), ("model.dtype=bfloat16", 2)):
+        parts = make_plan(config(*given, override)).loads[1].parts
+        assert parts["weights"] == size * shape.parameters + 4 * shape.head_parameters
+        assert set(parts) == {"weights", "one sequence"}
+    twice = make_plan(config(*given[:1], "engine.max_context=100", given[2])).loads[1].parts
+    assert make_plan(config(*given)).loads[1].parts["one sequence"] == 2 * twice["one sequence"]
+
+
 def test_a_reference_model_and_side_by_side_batches_are_counted() -> None:
     plain = make_plan(config()).loads[0].parts
     assert "reference" not in plain
@@ -306,7 +330,17 @@ def test_gradients_are_held_twice_where_a_step_takes_several_batches() -> None:
         assert plan.loads[0].parts["gradients"] == sets * shape.gradients
 
 
-@pytest.mark.parametrize("name", ["gsm8k_qwen2.5-1.5b", "math_qwen2.5-7b_lora"])
+STATED = ["arc_program", "gsm8k_qwen2.5-1.5b", "gsm8k_vllm", "math_qwen2.5-7b_lora", "own_problems"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_has_a_plan_and_fits(path: Path) -> None:
+    plan = make_plan(load_config(path, ["plan.device_memory_gib=8"] if path.stem not in STATED else []))
+    assert plan.refusal is None
+    assert not plan.measured
+
+
+@pytest.mark.parametrize("name", STATED)
 def test_the_comment_of_a_config_states_the_plan_that_is_computed_for_it(name: str) -> None:
     path = CONFIGS / f"{name}.yaml"
     plan = make_plan(load_config(path))
