@@ -17,7 +17,7 @@ from mcts.engines import torch_probe
 from mcts.engines.counters import Counters
 from mcts.engines.kv import Prefix, SlotPool
 from mcts.engines.model import Policy
-from mcts.engines.sampling import Draws, Removed, draw, stream_keys, uniforms
+from mcts.engines.sampling import Draws, draw, stream_keys, uniforms
 from mcts.engines.text import Codec
 from mcts.engines.torch_forward import Forward
 from mcts.engines.torch_rows import (
@@ -34,7 +34,7 @@ from mcts.engines.torch_rows import (
     ranges,
     take_away,
 )
-from mcts.types import Drawn, Float32, Int32, Step
+from mcts.types import Float32, Int32, Step
 
 CHUNK = 64
 """Tokens of a prefill chunk."""
@@ -150,7 +150,8 @@ class Batch:
         for at in range(0, len(owner), self._rows.count):  # bounds the memory that large n takes
             part = slice(at, at + self._rows.count)
             chosen = logits.index_select(0, torch.from_numpy(owner[part]).to(logits.device))
-            removed = self._removed([batch[i].request.exclude for i in owner[at : min(at + self._rows.count, count)]])
+            asked = [batch[i].request.exclude for i in owner[at : min(at + self._rows.count, count)]]
+            removed = take_away((row, steps, 0) for row, steps in enumerate(asked) if steps)
             parts.append(draw(chosen, number[part], temperature[part], top_p[part], removed))
         draws = Draws(
             np.concatenate([part.tokens for part in parts]),
@@ -173,15 +174,6 @@ class Batch:
                         code = LENGTH
                     self._ready.append((active, i, code))
             lo += n
-
-    @staticmethod
-    def _removed(exclude: Sequence[tuple[Drawn, ...]]) -> Removed | None:
-        """What the excluded steps of each row take away from its first token."""
-        found = Removed([], [], [])
-        for row, steps in enumerate(exclude):
-            if steps:
-                take_away(found, row, steps, 0)
-        return found if found.rows else None
 
     @staticmethod
     def _hidden_of(active: Active) -> Float32:

@@ -171,12 +171,8 @@ class Rows:
         """What the excluded steps take away from the next token of `rows`, which is at their positions `pos`."""
         if not self.excluded:
             return None
-        found = Removed([], [], [])
-        for row in rows.tolist():
-            steps = self.excluded.get(row)
-            if steps is not None:
-                take_away(found, row, steps, int(self.pos[row] - self.base[row]))
-        return found if found.rows else None
+        held = ((row, self.excluded[row]) for row in rows.tolist() if row in self.excluded)
+        return take_away((row, steps, int(self.pos[row] - self.base[row])) for row, steps in held)
 
     def seat_feed(self, row: int, feed: Feed, chunked: int) -> None:
         """Give a row a prefix to recompute; its first `chunked` tokens come by prefill."""
@@ -194,16 +190,20 @@ class Rows:
         self.stop[row] = FED if start + 1 == length else RUNNING
 
 
-def take_away(removed: Removed, row: int, steps: Iterable[Drawn], at: int) -> None:
-    """Add to `removed` what `steps` have of row `row`'s distribution of token `at`; nothing where they have it all."""
-    mass: dict[int, float] = {}
-    for step in steps:
-        token = step.token_ids[at]
-        mass[token] = mass.get(token, 0.0) + step.rest[at]
-    if 1.0 - sum(mass.values()) >= MIN_UNSEEN:
-        removed.rows.extend([row] * len(mass))
-        removed.tokens.extend(mass)
-        removed.mass.extend(mass.values())
+def take_away(excluded: Iterable[tuple[int, Iterable[Drawn], int]]) -> Removed | None:
+    """For every (row, excluded steps, place): what the steps have of the row's distribution of the token at that place
+    of the step. Nothing for a row of which they have it all; None where nothing is to be removed."""
+    removed = Removed([], [], [])
+    for row, steps, at in excluded:
+        mass: dict[int, float] = {}
+        for step in steps:
+            token = step.token_ids[at]
+            mass[token] = mass.get(token, 0.0) + step.rest[at]
+        if 1.0 - sum(mass.values()) >= MIN_UNSEEN:
+            removed.rows.extend([row] * len(mass))
+            removed.tokens.extend(mass)
+            removed.mass.extend(mass.values())
+    return removed if removed.rows else None
 
 
 def ranges(rows: Int64, starts: Int64, lengths: Int64) -> tuple[Int64, Int64]:
