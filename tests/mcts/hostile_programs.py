@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mcts.verify.sandbox import Outcome
+from mcts.verify.sandbox import Outcome, Sandbox, SandboxError
 
+
+def can_isolate() -> str:
+    """What this machine lacks for the sandbox; empty where it lacks nothing."""
+    try:
+        Sandbox().require()
+    except SandboxError as error:
+        return str(error)
+    return ""
+
+
+MISSING = can_isolate()
 OK, EXIT, TIMEOUT, MEMORY, OUTPUT, ERROR = Outcome
 GONE = frozenset({OK, EXIT})
 """It ended by itself, empty-handed."""

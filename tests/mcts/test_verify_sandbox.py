@@ -18,21 +18,12 @@ import pytest
 
 from mcts.verify.sandbox import Limits, Outcome, Sandbox, SandboxError
 from mcts.verify.sandbox_seccomp import filter_program
-from tests.mcts.hostile_programs import HOSTILE, Hostile
+from tests.mcts.hostile_programs import HOSTILE, MISSING, Hostile
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "the-secret-of-the-parent"
 
 
-def can_isolate() -> str:
-    try:
-        Sandbox().require()
-    except SandboxError as error:
-        return str(error)
-    return ""
-
-
-MISSING = can_isolate()
 isolated = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
