@@ -93,7 +93,7 @@ class RayExecutor:
         self._checkpoint: tuple[Path, int] | None = None
         start_local_ray(config)
         self._learner = ray.remote(LearnerActor).options(num_cpus=0, max_concurrency=2).remote(config, run)
-        self._workers = [self._new_worker() for _ in range(config.cluster.workers)]
+        self._workers = [self._new_worker() for _ in range(_count(config))]
 
     def _new_worker(self) -> Any:
         actor = ray.remote(WorkerActor).options(num_cpus=0).remote(self._config, self._run)
@@ -198,11 +198,15 @@ class RayExecutor:
         ray.shutdown()
 
 
+def _count(config: Config) -> int:
+    return 2 if config.cluster.workers == "fit" else config.cluster.workers
+
+
 def start_local_ray(config: Config) -> None:
     """A Ray of our own on this machine, without dashboard; its processes die with this one."""
     threads = str(max(config.cluster.worker_threads, config.cluster.learner_threads))
     ray.init(
-        num_cpus=config.cluster.workers + 1,
+        num_cpus=_count(config) + 1,
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,

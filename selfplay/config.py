@@ -209,6 +209,8 @@ class PlayConfig(Section):
     """How problems are drawn: solve_rate favours those that the policy wins sometimes but not always."""
     weight_floor: float = Field(default=0.1, gt=0.0, le=1.0)
     """Least relative weight of a problem, so that none is ever forgotten."""
+    max_staleness: int = Field(default=0, ge=0)
+    """0: play and learning alternate, and a run repeats exactly. s: play runs ahead of learning by up to s versions."""
 
 
 class LearnConfig(Section):
@@ -240,14 +242,59 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where it runs; changes no trace and no weight."""
+    """Where it runs; changes no trace, and weights only in their last bits (`learners`)."""
 
     executor: Literal["ray", "inline"] = "ray"
-    workers: PositiveInt = 2
+    address: str | None = None
+    """Of a running Ray cluster to join; None: a Ray of this run's own on this machine."""
+    workers: PositiveInt | Literal["fit"] = 2
+    """fit: as many as the cluster has room for, growing and shrinking as nodes join and leave."""
     worker_threads: PositiveInt = 1
+    worker_cpus: PositiveFloat = 1.0
+    """CPUs that Ray sets aside for a worker."""
+    worker_gpus: NonNegativeFloat = 0.0
+    """GPUs, or a fraction of one."""
+    learners: PositiveInt = 1
+    """Processes that learn together, data-parallel."""
     learner_threads: PositiveInt = 2
+    """Of each learner."""
+    learner_cpus: PositiveFloat = 1.0
+    learner_gpus: NonNegativeFloat = 0.0
+    sharding: Literal["none", "fsdp2"] = "none"
+    """fsdp2: weights, gradients and optimiser state are spread over the learners, for models that fit no single one."""
+    by_turns: bool = False
+    """Workers and learners free their device's memory while the others work, so that they can share it."""
     restarts: int = Field(default=8, ge=0)
-    """Dead workers replaced before the run stops and says so."""
+    """Dead actors replaced before the run stops and says so; each committed unit gives one back."""
+    lease_seconds: PositiveFloat = 3600.0
+    """A unit that takes a worker longer is played by another."""
+    silence_seconds: PositiveFloat = 30.0
+    """A worker that gives no sign of life for so long counts as lost."""
+    deaths_alone: PositiveInt = 2
+    """A problem that killed so many workers which played nothing else is recorded as failed."""
+    grace_seconds: PositiveFloat = 20.0
+    """After SIGTERM: the time to save and exit."""
+    save_seconds: PositiveFloat = 300.0
+    """A learning phase that lasts longer saves its state so often."""
+
+    @model_validator(mode="after")
+    def _inline_is_alone(self) -> ClusterConfig:
+        if self.executor == "inline" and (self.address is not None or self.learners > 1):
+            raise ValueError("executor: inline is one process: leave out address and learners, or set executor: ray")
+        if self.sharding == "fsdp2" and self.learners == 1:
+            raise ValueError("sharding: fsdp2 spreads a model over several learners: set learners to 2 or more")
+        return self
+
+
+class RetentionConfig(Section):
+    """What is deleted while the run goes on. Never what resume or the replay window needs."""
+
+    checkpoints: PositiveInt = 3
+    """Newest ones kept besides the first, the best on dev and those that resume needs."""
+    iterations: PositiveInt | None = None
+    """Newest iterations whose traces are kept; None: all."""
+    days: PositiveFloat | None = None
+    """Traces older than this are deleted; None: none."""
 
 
 class PlanConfig(Section):
@@ -289,13 +336,12 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
-    keep_checkpoints: PositiveInt = 3
-    """Checkpoints kept besides the first, the best on dev and those that resume needs."""
+    keep: RetentionConfig = RetentionConfig()
 
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""
-        fields = self.model_dump(mode="json", exclude={"cluster", "plan", "keep_checkpoints", "iterations"})
+        fields = self.model_dump(mode="json", exclude={"cluster", "plan", "keep", "iterations"})
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

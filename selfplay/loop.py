@@ -211,7 +211,7 @@ class Loop:
         ):
             jobs[name] = [
                 EvaluationJob(tuple(chunk), search, self.config.seed, iteration)
-                for chunk in halves(problems, self.config.cluster.workers)
+                for chunk in chunks_of(problems, self.config.play.unit)
             ]
         answers = self.executor.evaluate([job for chunks in jobs.values() for job in chunks])
         scores: dict[str, list[Answered]] = {}
@@ -243,7 +243,7 @@ class Loop:
         scored = [row for row in rows if row.get("dev_pass1") is not None]
         if scored:
             needed.add(max(scored, key=lambda row: row["dev_pass1"])["iteration"])
-        checkpoints.retain(self.run.checkpoints, keep=self.config.keep_checkpoints, needed=needed)
+        checkpoints.retain(self.run.checkpoints, keep=self.config.keep.checkpoints, needed=needed)
 
 
 def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
@@ -265,7 +265,7 @@ def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
     return int(best["iteration"]) if high < low else default
 
 
-def halves(problems: Sequence[Problem], parts: int) -> list[Sequence[Problem]]:
-    """Cut into at most `parts` chunks of nearly equal size, none empty."""
-    size = math.ceil(len(problems) / parts) if problems else 1
-    return [problems[i : i + size] for i in range(0, len(problems), size)]
+def chunks_of(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
+    """Cut into chunks of nearly equal size, at most `size`, none empty."""
+    parts = math.ceil(len(problems) / size)
+    return [problems[len(problems) * i // parts : len(problems) * (i + 1) // parts] for i in range(parts)]

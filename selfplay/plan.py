@@ -153,7 +153,8 @@ def make_plan(config: Config) -> Plan:
         Load("learner", _learner(config, shape, reference=Need.REFERENCE in objective.needs)),
         Load("worker", _worker(config, shape)),
     )
-    workers = 1 if cluster.executor == "inline" else cluster.workers
+    workers = cluster.workers if cluster.executor == "ray" and cluster.workers != "fit" else max(1, plan.devices - 1)
+    workers = 1 if cluster.executor == "inline" else workers
     if plan.devices == 1:
         devices: tuple[tuple[str, int], ...] = (
             (f"learner and {workers} worker{'s' * (workers > 1)}", learner.total + workers * worker.total),

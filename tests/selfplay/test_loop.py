@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from selfplay.errors import NonFiniteLoss
 from selfplay.executor import InlineExecutor
-from selfplay.loop import Loop, halves, last_good
+from selfplay.loop import Loop, chunks_of, last_good
 from selfplay.run_folder import RunFolder
 from tests.selfplay.tiny_run import tiny_config
 
@@ -37,9 +37,9 @@ def test_a_collapse_of_the_dev_score_goes_back_to_the_best(rows: list[dict[str, 
 
 
 def test_chunks_for_workers_lose_nothing_and_are_even() -> None:
-    chunks = halves(list(range(7)), 2)  # type: ignore[arg-type]
-    assert [list(c) for c in chunks] == [[0, 1, 2, 3], [4, 5, 6]]
-    assert halves([], 2) == []
+    chunks = chunks_of(list(range(7)), 4)  # type: ignore[arg-type]
+    assert [list(c) for c in chunks] == [[0, 1, 2], [3, 4, 5, 6]]
+    assert chunks_of([], 2) == []
 
 
 class Diverging(InlineExecutor):
