@@ -129,6 +129,6 @@ def make_executor(config: Config, run: Path) -> Executor:
     """The executor that the config names."""
     if config.cluster.executor == "inline":
         return InlineExecutor(config, run)
-    from selfplay.cluster import RayExecutor
+    from selfplay.cluster.executor import RayExecutor
 
     return RayExecutor(config, run)

@@ -1,4 +1,4 @@
-"""Ray: thin actors around worker and learner. The only file that imports ray."""
+"""Workers and learner as actors of Ray."""
 
 from __future__ import annotations
 
