@@ -4,11 +4,11 @@ Every piece of work is leased to one worker at a time. A lease ends with its res
 deadline; what was lost goes to another worker, and a result that comes from a lease that ended is dropped, so each
 piece is delivered exactly once.
 
-A unit whose worker died, or did not end in time, may hold a problem that kills. After the second such death it is cut in half, each
-half is played by a worker that plays nothing else, and a half that kills is cut again. A single problem is played in
-a process of its own, so that what ended it is known: only deaths that the process brought on itself count, never the
-loss of a node, an ended lease, or a signal from outside. After `deaths_alone` of them the problem is recorded as
-failed, with the reason, and the run goes on.
+A unit whose worker died, or did not end in time, may hold a problem that kills. After the second such death it is cut
+in half, each half is played by a worker that plays nothing else, and a half that kills is cut again. A single problem
+is played in a process of its own, so that what ended it is known: only deaths that the process brought on itself
+count, never the loss of a node, an ended lease, or a signal from outside. After `deaths_alone` of them the problem is
+recorded as failed, with the reason, and the run goes on.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def test_signals_from_outside_never_make_a_problem_fail() -> None:
 def test_workers_that_keep_dying_stop_the_run_with_one_sentence() -> None:
     fleet = FakeFleet(1)
     fleet.disturb = lambda: [fleet.die(worker) for worker in list(fleet.living)] and None
-    with pytest.raises(RunError, match="cluster.restarts is used up"):
+    with pytest.raises(RunError, match="restarts is used up"):
         run(fleet.supervisor(restarts=3), [make_unit(0)])
     assert fleet.started == 4
 
