@@ -42,6 +42,7 @@ def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    address: Annotated[str | None, typer.Option(help="of a running Ray cluster to join: HOST:PORT, or auto")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
     ] = False,

@@ -48,6 +48,14 @@ class Casualty:
     """Whether it brought that on itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation is done: one search per problem of `job`, in their order."""
+
+    job: EvaluationJob
+    answers: list[Answered]
+
+
 Result = Played | list[Answered] | Casualty
 
 

@@ -22,6 +22,7 @@ from selfplay.fleet import (
     Alone,
     Casualty,
     Cause,
+    Evaluated,
     Finished,
     Fleet,
     FleetEvent,
@@ -34,7 +35,7 @@ from selfplay.fleet import (
     unit_of,
 )
 from selfplay.run_folder import RunError
-from selfplay.worker import Answered, EvaluationJob, Played, Unit
+from selfplay.worker import EvaluationJob, Played, Unit
 
 log = logging.getLogger(__name__)
 UNITS_PER_WORKER = 2
@@ -90,12 +91,6 @@ class Complete:
     @property
     def seconds(self) -> float:
         return max(part.seconds for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    job: EvaluationJob
-    answers: list[Answered]
 
 
 @dataclass(slots=True)

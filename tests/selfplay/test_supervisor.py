@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfplay.fleet import Alone, Cause, Record, unit_of
+from selfplay.fleet import Alone, Cause, Evaluated, Record, unit_of
 from selfplay.run_folder import RunError
-from selfplay.supervisor import Complete, Evaluated, Supervisor
+from selfplay.supervisor import Complete, Supervisor
 from selfplay.worker import EvaluationJob, Unit
 from tests.selfplay.fake_fleet import FakeFleet, make_evaluation, make_unit
 
