@@ -39,6 +39,9 @@ class Executor(Protocol):
     """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
     its arguments and the run, so one that died with its process is done again, here or elsewhere."""
 
+    learning: bool
+    """Whether a learning phase has begun whose checkpoint is not saved yet."""
+
     def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
         """The weights in `checkpoint` are those of `version`; with `play`, units that begin from now on are played
         with them."""
@@ -71,8 +74,8 @@ class Executor(Protocol):
         ...
 
     def stop(self) -> None:
-        """A learning phase saves its state and ends with `Interrupted` as soon as it can. May be called by a signal
-        handler."""
+        """A learning phase saves its state and ends with `Interrupted` as soon as it can. Only sets a flag: a signal
+        handler calls it."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -103,7 +106,8 @@ class InlineExecutor:
         self._units: deque[Unit] = deque()
         self._playing = 0
         self._jobs: deque[EvaluationJob] = deque()
-        self._learning: Callable[[], dict[str, Any]] | None = None
+        self._phase: Callable[[], dict[str, Any]] | None = None
+        self.learning = False
 
     @property
     def worker(self) -> Worker:
@@ -129,20 +133,20 @@ class InlineExecutor:
             self._jobs.append(work)
 
     def warm_up(self, progress: Progress) -> None:
-        self._learning = lambda: self.trainer.warm_up(progress)
+        self._phase, self.learning = lambda: self.trainer.warm_up(progress), True
 
     def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
-        self._learning = lambda: self.trainer.learn(iteration, shards, progress)
+        self._phase, self.learning = lambda: self.trainer.learn(iteration, shards, progress), True
 
-    def poll(self, seconds: float) -> list[Done]:
+    def poll(self, seconds: float) -> list[Done]:  # noqa: ARG002 - it never waits
         if self._jobs and not self._playing:
             job = self._jobs.popleft()
             self._load(job.policy_version)
             return [Evaluated(job, self.worker.evaluate(job))]
         if self._units or self._playing:
             return [self._play()]
-        if self._learning is not None:
-            work, self._learning = self._learning, None
+        if self._phase is not None:
+            work, self._phase = self._phase, None
             if self._config.cluster.by_turns and self._worker is not None:
                 self._worker.rest()
             try:
@@ -169,7 +173,9 @@ class InlineExecutor:
         self.trainer.restore(checkpoint)
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        return self.trainer.save(iteration, state)
+        path = self.trainer.save(iteration, state)
+        self.learning = False
+        return path
 
     def stop(self) -> None:
         if self._trainer is not None:

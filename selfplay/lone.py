@@ -76,7 +76,7 @@ def _memory_kills() -> int:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing is left behind when the worker dies
-    errand: Errand = pickle.load(sys.stdin.buffer)  # our own parent's, through a pipe
+    errand: Errand = pickle.load(sys.stdin.buffer)  # noqa: S301 - our own parent's, through a pipe
     if os.getppid() != errand.parent:
         sys.exit("the worker that asked has ended")
     try:

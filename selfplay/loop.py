@@ -21,7 +21,7 @@ from mcts.tasks import load_task
 from mcts.types import Problem, SearchError
 from selfplay import checkpoint as checkpoints
 from selfplay.config import Config
-from selfplay.errors import NonFiniteLoss
+from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.evaluation import Evaluation
 from selfplay.executor import Executor, Learned
 from selfplay.fleet import Evaluated
@@ -92,6 +92,17 @@ class Loop:
         self.play_ended: dict[int, float] = {}
         self.evaluating: dict[int, Evaluation] = {}
         self.learning: Learned | None = None
+        self.stopping = False
+
+    def stop(self) -> bool:
+        """Ask for an end that saves first; False where nothing needs saving: what was committed is safe anyway. A
+        learning phase saves its state and ends; a checkpoint that is being written is finished. `go` then raises
+        Interrupted."""
+        if not self.executor.learning:
+            return False
+        self.stopping = True
+        self.executor.stop()
+        return True
 
     def go(self) -> list[dict[str, Any]]:
         """Run what is missing; the rows of metrics.jsonl."""
@@ -129,6 +140,8 @@ class Loop:
     def _wait(self, until: Callable[[], bool]) -> None:
         """See to whatever comes back, and to what may be played ahead, until something is the case."""
         while not until():
+            if self.stopping and not self.executor.learning:
+                raise Interrupted("asked to stop")
             self._play_ahead()
             for done in self.executor.poll(POLL_SECONDS):
                 match done:

@@ -64,6 +64,11 @@ class RayExecutor:
         self._call: Any = None
         self._progress: Progress | None = None
         self._asked = 0.0
+        self._stopping = False
+
+    @property
+    def learning(self) -> bool:
+        return self._phase is not None
 
     def _note(self, line: str) -> None:
         self._lately.append({"time": time.time(), "line": line})
@@ -95,6 +100,9 @@ class RayExecutor:
 
     def poll(self, seconds: float) -> list[Done]:
         done: list[Done] = []
+        if self._stopping and self._call is not None:
+            self._stopping = False
+            self._learners.stop()
         for found in self._supervisor.poll(0.0 if self._learning_is_done() else min(seconds, PROGRESS_SECONDS)):
             match found:
                 case Complete():
@@ -122,6 +130,7 @@ class RayExecutor:
             return Learned(ray.get(call))
         except RayTaskError as error:
             if isinstance(error.cause, NonFiniteLoss | Interrupted):
+                self._phase = None
                 return Learned({}, error.cause)
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except RayError as error:
@@ -191,7 +200,7 @@ class RayExecutor:
         return path
 
     def stop(self) -> None:
-        self._learners.stop()
+        self._stopping = True
 
     def facts(self) -> dict[str, Any]:
         counts = self._supervisor.counts

@@ -43,8 +43,8 @@ def connect(config: Config) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"cannot join the Ray cluster at {cluster.address}: {str(error).splitlines()[0]}; start it with `ray start`, "
-            "or leave out --address to run on this machine alone"
+            f"cannot join the Ray cluster at {cluster.address}: {str(error).splitlines()[0]}; start it with "
+            "`ray start`, or leave out --address to run on this machine alone"
         ) from error
 
 

@@ -25,6 +25,6 @@ def prove(nodes: Nodes, store: Store) -> None:
         address, error = next(iter(blind.items()))
         others = f" (and {len(blind) - 1} more)" if len(blind) > 1 else ""
         raise RunError(
-            f"node {address}{others} does not see the run at {store.place.url}: {str(error).splitlines()[0]}; mount the "
-            "same folder there, or keep the run in object storage (--run-dir s3://...)"
+            f"node {address}{others} does not see the run at {store.place.url}: {str(error).splitlines()[0]}; mount "
+            "the same folder there, or keep the run in object storage (--run-dir s3://...)"
         )
