@@ -19,7 +19,7 @@ from mcts.types import Problem, SearchResult
 from selfplay.cluster import RayExecutor
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.run_folder import RunFolder
-from selfplay.shards import commit, shard_path
+from selfplay.shards import shard_path
 from selfplay.worker import make_search, stream_seed, units_of
 
 Clock = Callable[[], float]
@@ -143,16 +143,16 @@ def traces_per_second(subject: Subject, folder: Path, workers: int, units: int, 
     config = subject.config.model_copy(update={"cluster": cluster, "play": play})
     run = RunFolder.create(folder, config)
     try:
-        executor = RayExecutor(config, run.path)
+        executor = RayExecutor(config, run.place)
         try:
             executor.load(subject.checkpoint, 0)
             warm = subject.problems(16 * workers)
             for done in executor.play(list(units_of(warm, size=16, iteration=1, policy_version=0))):
-                commit(done.pending, shard_path(run.path, 1, done.unit.part))
+                run.store.commit(done.pending, shard_path(Path(), 1, done.unit.part).as_posix())
             chosen = subject.problems(units * unit)
             began = time.perf_counter()
             for done in executor.play(list(units_of(chosen, size=unit, iteration=2, policy_version=0))):
-                commit(done.pending, shard_path(run.path, 2, done.unit.part))
+                run.store.commit(done.pending, shard_path(Path(), 2, done.unit.part).as_posix())
             return len(chosen) / (time.perf_counter() - began)
         finally:
             executor.close()

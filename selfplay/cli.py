@@ -101,12 +101,14 @@ def _drive(run: Any) -> None:
     from rich.console import Console
 
     from selfplay.executor import make_executor
+    from selfplay.heartbeat import State
     from selfplay.loop import Event, Loop
     from selfplay.report import TensorBoard, Watch, draw_curve, final_table
 
     console = Console()
     board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
-    executor = make_executor(run.config, run.path)
+    executor = make_executor(run.config, run.place)
+    state: State = "failed"
     try:
         with Watch() as watch:
 
@@ -115,15 +117,17 @@ def _drive(run: Any) -> None:
                 board(event)
 
             rows = Loop(run, executor, both).go()
+        run.store.put("curve.png", draw_curve(rows))
+        state = "ended"
     except KeyboardInterrupt as interrupt:
+        state = "interrupted"
         message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.path)}"
         print(message, file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from interrupt
     finally:
         executor.close()
         board.close()
-        run.close()
-    draw_curve(rows, run.path / "curve.png")
+        run.close(state)
     shown = _shown(run.path)
     console.print(final_table(rows))
     console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)

@@ -18,7 +18,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 RUNTIME = (
-    ("selfplay.run_folder", "RunError"),
+    ("selfplay.store", "RunError"),
     ("selfplay.shards", "ShardError"),
     ("selfplay.checkpoint", "CheckpointError"),
     ("selfplay.errors", "NonFiniteLoss"),

@@ -12,6 +12,7 @@ from mcts.tasks import load_task
 from selfplay.config import Config
 from selfplay.fresh import check_architecture
 from selfplay.objectives import build_objective
+from selfplay.store import Place
 from selfplay.trainer import Trainer
 from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
 
@@ -57,22 +58,22 @@ class Executor(Protocol):
 class InlineExecutor:
     """One worker and the learner in this process, by turns. No Ray."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self._config = config
-        self._run = run
+        self._place = place
         self._worker: Worker | None = None
         self._trainer: Trainer | None = None
 
     @property
     def worker(self) -> Worker:
         if self._worker is None:
-            self._worker = Worker(self._config, self._run)
+            self._worker = Worker(self._config, self._place)
         return self._worker
 
     @property
     def trainer(self) -> Trainer:
         if self._trainer is None:
-            self._trainer = Trainer(self._config, self._run)
+            self._trainer = Trainer(self._config, self._place)
         return self._trainer
 
     def load(self, checkpoint: Path, version: int) -> None:
@@ -125,10 +126,10 @@ def check_parts(config: Config) -> None:
         check_architecture(config.model.fresh)
 
 
-def make_executor(config: Config, run: Path) -> Executor:
+def make_executor(config: Config, place: Place) -> Executor:
     """The executor that the config names."""
     if config.cluster.executor == "inline":
-        return InlineExecutor(config, run)
+        return InlineExecutor(config, place)
     from selfplay.cluster.executor import RayExecutor
 
-    return RayExecutor(config, run)
+    return RayExecutor(config, place)

@@ -23,8 +23,9 @@ from selfplay.config import Config
 from selfplay.errors import NonFiniteLoss
 from selfplay.executor import Executor
 from selfplay.problems import SolveRates, draw_problems
+from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
-from selfplay.shards import ReplayWindow, commit, list_shards, shard_path
+from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
 from selfplay.stats import pass_at_k, wilson
 from selfplay.summary import PlaySummary, summarise_shards
 from selfplay.worker import Answered, EvaluationJob, chain_search, stream_seed, units_of
@@ -162,7 +163,7 @@ class Loop:
         done = len(units) - len(missing)
         progress(done, len(units), {})
         for played in self.executor.play(missing):
-            commit(played.pending, shard_path(self.run.path, iteration, played.unit.part))
+            self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
             done += 1
             progress(done, len(units), {})
         summary = summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
@@ -198,7 +199,7 @@ class Loop:
         row["wall_seconds"] = time.perf_counter() - self.began
         self.run.append_metrics(row)
         self.watch(Event("iteration", iteration, facts=row))
-        self._retain(iteration)
+        self._retain()
 
     def _scores(self, iteration: int) -> dict[str, Any]:
         heldout, dev = self.task.problems("heldout"), self.task.problems("dev")
@@ -237,13 +238,19 @@ class Loop:
             row["distinct_steps"] = sum(a.distinct_steps for a in samples) / max(1, sum(a.steps for a in samples))
         return row
 
-    def _retain(self, iteration: int) -> None:
-        rows = self.run.metrics()
-        needed = {0, iteration, last_good(rows, default=iteration)}
-        scored = [row for row in rows if row.get("dev_pass1") is not None]
-        if scored:
-            needed.add(max(scored, key=lambda row: row["dev_pass1"])["iteration"])
-        checkpoints.retain(self.run.checkpoints, keep=self.config.keep.checkpoints, needed=needed)
+    def _retain(self) -> None:
+        """Delete what the config does not keep."""
+        keep, staleness, store = self.config.keep, self.config.play.max_staleness, self.run.store
+        rows, numbers = self.run.metrics(), checkpoints.existing(self.run.checkpoints)
+        needed = {
+            last_good([row for row in rows if row["iteration"] <= point], default=point)
+            for point in resume_points(numbers, staleness)
+        }
+        for number in checkpoints_gone(numbers, rows, keep, staleness=staleness, needed=needed):
+            store.remove(f"checkpoints/{number:05d}")
+        ages = trace_ages(self.run.path)
+        for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
+            store.remove(f"traces/iteration={old:05d}")
 
 
 def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:

@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from selfplay.config import Config
 from selfplay.executor import Progress
 from selfplay.run_folder import RunError
+from selfplay.store import Place
 from selfplay.trainer import Trainer
 from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
 
@@ -35,8 +36,8 @@ def _get(call: Any) -> Any:
 class WorkerActor:
     """A worker in a process of its own."""
 
-    def __init__(self, config: Config, run: Path) -> None:
-        self._worker = Worker(config, run)
+    def __init__(self, config: Config, place: Place) -> None:
+        self._worker = Worker(config, place)
 
     def load(self, checkpoint: Path, version: int) -> None:
         self._worker.load(checkpoint, version)
@@ -57,8 +58,8 @@ class WorkerActor:
 class LearnerActor:
     """The learner in a process of its own. Its progress is asked for by the driver between two chunks of work."""
 
-    def __init__(self, config: Config, run: Path) -> None:
-        self._trainer = Trainer(config, run)
+    def __init__(self, config: Config, place: Place) -> None:
+        self._trainer = Trainer(config, place)
         self._progress: tuple[int, int, dict[str, Any]] = (0, 0, {})
 
     def _note(self, done: int, total: int, facts: dict[str, Any]) -> None:
@@ -86,17 +87,17 @@ class LearnerActor:
 class RayExecutor:
     """Workers and learner as actors of a local Ray that this process starts and ends."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self._config = config
-        self._run = run
+        self._place = place
         self._restarts = config.cluster.restarts
         self._checkpoint: tuple[Path, int] | None = None
         start_local_ray(config)
-        self._learner = ray.remote(LearnerActor).options(num_cpus=0, max_concurrency=2).remote(config, run)
+        self._learner = ray.remote(LearnerActor).options(num_cpus=0, max_concurrency=2).remote(config, place)
         self._workers = [self._new_worker() for _ in range(_count(config))]
 
     def _new_worker(self) -> Any:
-        actor = ray.remote(WorkerActor).options(num_cpus=0).remote(self._config, self._run)
+        actor = ray.remote(WorkerActor).options(num_cpus=0).remote(self._config, self._place)
         if self._checkpoint is not None:
             actor.load.remote(*self._checkpoint)
         return actor

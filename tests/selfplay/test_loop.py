@@ -54,7 +54,7 @@ class Diverging(InlineExecutor):
 def test_a_loss_that_is_not_finite_keeps_the_weights_and_the_run_goes_on(tmp_path: Path) -> None:
     config = tiny_config("evaluate.samples=0")
     run = RunFolder.create(tmp_path / "run", config)
-    executor = Diverging(config, run.path)
+    executor = Diverging(config, run.place)
     rows = Loop(run, executor, lambda _: None).go()
     executor.close()
     run.close()
