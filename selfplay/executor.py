@@ -39,8 +39,10 @@ class Executor(Protocol):
     """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
     its arguments and the run, so one that died with its process is done again, here or elsewhere."""
 
-    learning: bool
-    """Whether a learning phase has begun whose checkpoint is not saved yet."""
+    @property
+    def learning(self) -> bool:
+        """Whether a learning phase has begun whose checkpoint is not saved yet."""
+        ...
 
     def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
         """The weights in `checkpoint` are those of `version`; with `play`, units that begin from now on are played
@@ -107,7 +109,11 @@ class InlineExecutor:
         self._playing = 0
         self._jobs: deque[EvaluationJob] = deque()
         self._phase: Callable[[], dict[str, Any]] | None = None
-        self.learning = False
+        self._unsaved = False
+
+    @property
+    def learning(self) -> bool:
+        return self._unsaved
 
     @property
     def worker(self) -> Worker:
@@ -133,10 +139,10 @@ class InlineExecutor:
             self._jobs.append(work)
 
     def warm_up(self, progress: Progress) -> None:
-        self._phase, self.learning = lambda: self.trainer.warm_up(progress), True
+        self._phase, self._unsaved = lambda: self.trainer.warm_up(progress), True
 
     def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
-        self._phase, self.learning = lambda: self.trainer.learn(iteration, shards, progress), True
+        self._phase, self._unsaved = lambda: self.trainer.learn(iteration, shards, progress), True
 
     def poll(self, seconds: float) -> list[Done]:  # noqa: ARG002 - it never waits
         if self._jobs and not self._playing:
@@ -174,7 +180,7 @@ class InlineExecutor:
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         path = self.trainer.save(iteration, state)
-        self.learning = False
+        self._unsaved = False
         return path
 
     def stop(self) -> None:

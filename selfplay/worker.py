@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from mcts.tasks import load_task
 from mcts.types import Problem, SearchResult
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.shards import shard_name, write_pending
+from selfplay.store import Place, guard
 from selfplay.traces import TraceContext, to_row
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Played:
     """A finished unit: its pending shard waits for the driver's commit."""
 
     unit: Unit
-    pending: Path
+    pending: str
+    """Name of the shard within the run, for `Store.commit`."""
     seconds: float
     """From the first search's admission to the written file; units overlap."""
 
@@ -141,16 +142,15 @@ class Worker:
     last ones of a unit finish, so the batch stays full.
     """
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self.config = config
-        self.run = run
+        self.store = place.open()
         self.task = load_task(config.task.name, **config.task.settings)
         self._engine: TorchEngine | ServerEngine | None = None
         self._driver: Driver | None = None
         self._complete: deque[Unit] = deque()
         self._results: dict[str, dict[int, SearchResult]] = {}
         self._where: dict[int, tuple[Unit, int]] = {}  # search seed -> its unit and place there
-        self._run_id: str = json.loads((run / "run.json").read_text(encoding="utf-8"))["id"]
         self._began: dict[str, float] = {}
 
     def load(self, checkpoint: Path, version: int) -> None:
@@ -227,8 +227,11 @@ class Worker:
             joiner=self.task.joiner,
         )
         rows = [to_row(results[i], context) for i in range(len(results))]
-        pending = self.run / "pending" / unit.name
-        write_pending(pending, rows, {"run_id": self._run_id, "config_hash": config.hash()})
+        scratch = self.store.scratch(unit.name)  # another worker may play the same unit at the same time
+        with guard(self.store):
+            metadata = {"run_id": self.store.place.run_id, "config_hash": config.hash()}
+            write_pending(scratch, rows, metadata, make_folder=False)
+        pending = self.store.offer(scratch)
         return Played(unit, pending, time.perf_counter() - self._began.pop(unit.name))
 
     def evaluate(self, job: EvaluationJob) -> list[Answered]:

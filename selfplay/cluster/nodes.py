@@ -103,7 +103,7 @@ class Nodes:
                 rooms[0][1] -= cluster.learner_gpus
         return sum(_fits(cpus, gpus, cluster.worker_cpus, cluster.worker_gpus) for cpus, gpus in rooms)
 
-    def place_worker(self, actor_class: Any, **options: Any) -> Any:
+    def place_worker(self, actor_class: Any) -> Any:
         """`actor_class` with the resources of a worker, spread over the nodes (Ray packs otherwise)."""
         cluster = self._config.cluster
         strategy = "SPREAD" if cluster.address is not None else "DEFAULT"
@@ -112,7 +112,6 @@ class Nodes:
             num_gpus=cluster.worker_gpus,
             scheduling_strategy=strategy,
             max_restarts=0,
-            **{name: value for name, value in options.items() if name != "name"},
         )
 
     def on_each(self, task: Any, *arguments: Any) -> dict[str, tuple[str, Any]]:

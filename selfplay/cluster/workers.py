@@ -78,9 +78,8 @@ class RayFleet:
 
     def start(self) -> int:
         number, self._born = self._born, self._born + 1
-        actor = self._nodes.place_worker(
-            ray.remote(WorkerActor), name=f"worker {number}", concurrency_groups={LIFE: 1}
-        ).remote(self._config, self._place)
+        actor_class = ray.remote(concurrency_groups={LIFE: 1})(WorkerActor)
+        actor = self._nodes.place_worker(actor_class).remote(self._config, self._place)
         self._members[number] = _Member(actor)
         self._watch(number, actor.hello.remote(), self._is_up)
         return number
