@@ -23,12 +23,13 @@ from selfplay.config import Config
 from selfplay.errors import NonFiniteLoss
 from selfplay.executor import Executor
 from selfplay.problems import SolveRates, draw_problems
+from selfplay.repair import incomplete, replayable
 from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
 from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
 from selfplay.stats import pass_at_k, wilson
 from selfplay.summary import PlaySummary, summarise_shards
-from selfplay.worker import Answered, EvaluationJob, chain_search, stream_seed, units_of
+from selfplay.worker import Answered, EvaluationJob, Unit, chain_search, stream_seed, units_of
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class Loop:
             checkpoints.verify(checkpoints.path_of(self.run.checkpoints, last))
         if not any(row["iteration"] == last for row in self.run.metrics()):
             self._evaluate(last)
+        if last < self.config.iterations:
+            self._repair(last)
         for iteration in range(last + 1, self.config.iterations + 1):
             self._iterate(iteration)
         return self.run.metrics()
@@ -111,7 +114,7 @@ class Loop:
         rates = SolveRates.from_state(previous["rates"])
         # the newest weights play and are learned on; after a rollback they are those of the last good checkpoint
         began = time.perf_counter()
-        summary = self._play(iteration, base, base_path, rates)
+        summary = self._play(iteration, base, rates)
         played = time.perf_counter()
         rates.update(*summary.rates(self.index))
         metrics = self._learn(iteration, base, base_path)
@@ -123,6 +126,7 @@ class Loop:
             "iteration": iteration,
             "policy_version": iteration,
             "base": base,
+            "config_hash": self.config.hash(),
             "rates": rates.to_state(),
             "metrics": {
                 **summary.metrics(),
@@ -145,9 +149,9 @@ class Loop:
         rows = [row for row in self.run.metrics() if row["iteration"] < iteration]
         return last_good(rows, default=iteration - 1)
 
-    def _play(self, iteration: int, base: int, base_path: Path, rates: SolveRates) -> PlaySummary:
+    def _units(self, iteration: int, base: int, rates: SolveRates) -> list[Unit]:
+        """All units of an iteration: a function of its arguments and the config."""
         config = self.config.play
-        self.executor.load(base_path, base)
         if config.weighting == "uniform":
             weights = np.ones(len(self.problems))
         else:
@@ -157,7 +161,12 @@ class Loop:
             self.task.vary(p, stream_seed(self.config.seed, iteration, p.id))
             for p in map(self.problems.__getitem__, picks)
         ]
-        units = list(units_of(problems, size=config.unit, iteration=iteration, policy_version=base))
+        return list(units_of(problems, size=config.unit, iteration=iteration, policy_version=base))
+
+    def _play_missing(self, units: Sequence[Unit], base: int) -> None:
+        """Play and commit those units that were not committed yet."""
+        iteration = units[0].iteration
+        self.executor.load(checkpoints.path_of(self.run.checkpoints, base), base)
         missing = [u for u in units if not shard_path(self.run.path, iteration, u.part).exists()]
         progress = self._phase("play", iteration)
         done = len(units) - len(missing)
@@ -166,8 +175,23 @@ class Loop:
             self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
             done += 1
             progress(done, len(units), {})
+
+    def _repair(self, last: int) -> None:
+        """Play those units again whose shards are missing though the coming learning phase needs them: a damaged shard
+        is deleted by hand. They come out as they were."""
+        rows = self.run.metrics()
+        for iteration in incomplete(self.run.path, rows, first=last + 2 - self.config.learn.window, last=last):
+            log.warning("iteration %d lacks traces; what is missing is played again", iteration)
+            base = self._base(iteration)
+            before = replayable(self.run.checkpoints, iteration, base, self.config.hash())
+            self._play_missing(self._units(iteration, base, SolveRates.from_state(before["rates"])), base)
+
+    def _play(self, iteration: int, base: int, rates: SolveRates) -> PlaySummary:
+        units = self._units(iteration, base, rates)
+        self._play_missing(units, base)
+        problems = sum(len(unit.problems) for unit in units)
         summary = summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
-        if summary.failed == len(problems):
+        if summary.failed == problems:
             raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")
         if summary.failed:
             log.warning("iteration %d: %d searches failed: %s", iteration, summary.failed, summary.failure)
