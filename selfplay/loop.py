@@ -26,6 +26,7 @@ from selfplay.evaluation import Evaluation
 from selfplay.executor import Executor, Learned
 from selfplay.fleet import Evaluated
 from selfplay.problems import SolveRates, draw_problems
+from selfplay.repair import incomplete, replayable
 from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
 from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
@@ -118,6 +119,8 @@ class Loop:
         for iteration in checkpoints.existing(self.run.checkpoints):
             if iteration not in done:
                 self._evaluate(iteration)
+        if last < self.config.iterations:
+            self._repair(last)
         for iteration in range(last + 1, self.config.iterations + 1):
             self._iterate(iteration)
         self._wait(lambda: not self.evaluating)
@@ -185,7 +188,7 @@ class Loop:
         self._publish(base, play=True)
         self.may_play = iteration
         self._phase("play", iteration)
-        self._wait(lambda: self.submitted >= iteration and not self.missing[iteration])
+        self._wait(partial(self._is_played, iteration))
         del self.missing[iteration]
         summary = self._summary(iteration)
         played = time.perf_counter()
@@ -202,6 +205,7 @@ class Loop:
             "iteration": iteration,
             "policy_version": iteration,
             "base": base,
+            "config_hash": self.config.hash(),
             "rates": rates.to_state(),
             "metrics": {
                 **summary.metrics(),
@@ -260,6 +264,22 @@ class Loop:
             for p in map(self.problems.__getitem__, picks)
         ]
         return units_of(problems, size=config.unit, iteration=iteration, policy_version=version)
+
+    def _repair(self, last: int) -> None:
+        """Play those units again whose shards are missing though the coming learning phase needs them: a damaged shard
+        is deleted by hand. With `max_staleness: 0` they come out as they were."""
+        rows = self.run.metrics()
+        for iteration in incomplete(self.run.path, rows, first=last + 2 - self.config.learn.window, last=last):
+            log.warning("iteration %d lacks traces; what is missing is played again", iteration)
+            base = self._base(iteration)
+            replayable(self.run.checkpoints, iteration, base, self.config.hash())
+            self.executor.publish(self.run.store.pull(f"checkpoints/{base:05d}"), base, play=True)
+            self._submit(iteration, base)
+            self._wait(partial(self._is_played, iteration))
+            del self.missing[iteration], self.play_began[iteration], self.play_ended[iteration]
+
+    def _is_played(self, iteration: int) -> bool:
+        return self.submitted >= iteration and not self.missing[iteration]
 
     def _commit(self, played: Played) -> None:
         iteration = played.unit.iteration

@@ -206,7 +206,9 @@ def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
 
 
 def _damaged(path: Path, what: str) -> ShardError:
-    return ShardError(f"shard {path} is damaged: {what}; restore it from a copy or delete it")
+    return ShardError(
+        f"shard {path} is damaged: {what}; restore it from a copy, or delete it and `selfplay resume` plays it again"
+    )
 
 
 @contextmanager
