@@ -22,7 +22,8 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 class Executor(Protocol):
     """Runs the phases of an iteration somewhere. Every call is a function of its arguments and the run folder, so
-    a phase that died can be run again."""
+    a phase that died can be run again. Paths of checkpoints and shards are relative to the run: each node has its own
+    way to it."""
 
     def load(self, checkpoint: Path, version: int) -> None:
         """Give every worker the weights of a checkpoint."""

@@ -109,7 +109,6 @@ class Loop:
 
     def _iterate(self, iteration: int) -> None:
         base = self._base(iteration)
-        base_path = checkpoints.path_of(self.run.checkpoints, base)
         previous = checkpoints.read_state(checkpoints.path_of(self.run.checkpoints, iteration - 1))
         rates = SolveRates.from_state(previous["rates"])
         # the newest weights play and are learned on; after a rollback they are those of the last good checkpoint
@@ -117,11 +116,11 @@ class Loop:
         summary = self._play(iteration, base, rates)
         played = time.perf_counter()
         rates.update(*summary.rates(self.index))
-        metrics = self._learn(iteration, base, base_path)
+        metrics = self._learn(iteration, base)
         diverged = metrics is None
         if diverged:
             log.warning("iteration %d: the loss was not finite; the weights of checkpoint %d are kept", iteration, base)
-            self.executor.restore(base_path)
+            self.executor.restore(checkpoint_name(base))
         state = {
             "iteration": iteration,
             "policy_version": iteration,
@@ -166,7 +165,7 @@ class Loop:
     def _play_missing(self, units: Sequence[Unit], base: int) -> None:
         """Play and commit those units that were not committed yet."""
         iteration = units[0].iteration
-        self.executor.load(checkpoints.path_of(self.run.checkpoints, base), base)
+        self.executor.load(checkpoint_name(base), base)
         missing = [u for u in units if not shard_path(self.run.path, iteration, u.part).exists()]
         progress = self._phase("play", iteration)
         done = len(units) - len(missing)
@@ -197,13 +196,14 @@ class Loop:
             log.warning("iteration %d: %d searches failed: %s", iteration, summary.failed, summary.failure)
         return summary
 
-    def _learn(self, iteration: int, base: int, base_path: Path) -> dict[str, Any] | None:
+    def _learn(self, iteration: int, base: int) -> dict[str, Any] | None:
         """The metrics of a learning phase; None where its loss was not finite."""
         if self.learner_at != base:
-            self.executor.restore(base_path)
+            self.executor.restore(checkpoint_name(base))
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
+        names = [shard.relative_to(self.run.path) for shard in shards]
         try:
-            return self.executor.learn(iteration, shards, self._phase("learn", iteration))
+            return self.executor.learn(iteration, names, self._phase("learn", iteration))
         except NonFiniteLoss:
             return None
 
@@ -216,7 +216,7 @@ class Loop:
         row: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, **state["metrics"]}
         if iteration % config.evaluate.every == 0 or iteration == config.iterations:
             self._phase("evaluate", iteration)
-            self.executor.load(path, iteration)
+            self.executor.load(checkpoint_name(iteration), iteration)
             row |= self._scores(iteration)
         row |= state["seconds"]
         row["evaluate_seconds"] = time.perf_counter() - began
@@ -272,9 +272,14 @@ class Loop:
         }
         for number in checkpoints_gone(numbers, rows, keep, staleness=staleness, needed=needed):
             store.remove(f"checkpoints/{number:05d}")
-        ages = trace_ages(self.run.path)
+        ages = trace_ages(store.listing("traces"))
         for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
             store.remove(f"traces/iteration={old:05d}")
+
+
+def checkpoint_name(iteration: int) -> Path:
+    """Of a checkpoint within the run, as executors take it: each node has its own path to the run."""
+    return checkpoints.path_of(Path("checkpoints"), iteration)
 
 
 def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
