@@ -37,7 +37,8 @@ Done = Played | Evaluated | Learned
 
 class Executor(Protocol):
     """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
-    its arguments and the run, so one that died with its process is done again, here or elsewhere."""
+    its arguments and the run, so one that died with its process is done again, here or elsewhere. Paths of checkpoints
+    and shards are relative to the run: each node has its own way to it."""
 
     @property
     def learning(self) -> bool:

@@ -22,7 +22,7 @@ from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Evaluated
 from selfplay.run_folder import RunError
-from selfplay.store import Place
+from selfplay.store import Place, on_this_node
 from selfplay.supervisor import Complete, Supervisor
 from selfplay.units import join
 from selfplay.worker import EvaluationJob, Unit
@@ -75,6 +75,7 @@ class RayExecutor:
 
     def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
         if version not in self._published:
+            checkpoint = on_this_node(self._store, checkpoint)
             if self._config.engine.kind == "server":  # a server reads the folder itself
                 weights = Weights(version, self._place.run_id, 0, (), checkpoint)
             else:
