@@ -182,26 +182,29 @@ class Cluster:
 
     def add_node(self) -> Node:
         """A new node; it has joined when this returns. By the main thread only. Raises ClusterError."""
+        node, starting = self.start_node()
+        try:
+            code = starting.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"{node.name}: ray start takes longer than {START_SECONDS} s") from None
+        if code != 0:
+            raise ClusterError(f"{node.name}: ray start failed: {(node.folder / 'start.log').read_text()}")
+        return node
+
+    def start_node(self) -> tuple[Node, Process]:
+        """A new node that is about to join: it has done so once the process returned ends with 0."""
         node = self._machine()
         self.nodes.append(node)
-        command = [
-            RAY,
-            "start",
-            "--disable-usage-stats",
-            f"--node-ip-address={node.address}",
-            f"--num-cpus={self._cpus}",
-        ]
-        command += [f"--object-store-memory={self._store}", "--num-gpus=0"]
+        command = [RAY, "start", "--disable-usage-stats", f"--node-ip-address={node.address}", "--num-gpus=0"]
+        command += [f"--num-cpus={self._cpus}", f"--object-store-memory={self._store}"]
         if node is self.head:
             command += ["--head", f"--port={self.port}", f"--include-dashboard={self._dashboard}"]
             command += [f"--dashboard-port={self.dashboard_port}", f"--dashboard-host={node.address}"]
             command += [] if self.namespaced else self._host_ports()
         else:
             command += [f"--address={self.address}"]
-        started = node.run(command, timeout=START_SECONDS)
-        if started.returncode != 0:
-            raise ClusterError(f"{node.name}: ray start failed: {started.stdout}")
-        return node
+        with open(node.folder / "start.log", "w", encoding="utf-8") as file:
+            return node, node.popen(command, stdout=file)
 
     def _host_ports(self) -> list[str]:
         """What several clusters on one host must not share."""

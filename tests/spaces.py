@@ -105,7 +105,7 @@ class Space:
         if self._outer.stdout.readline() != "up\n":
             raise ClusterError(f"a namespace could not be made: {self._outer.communicate()[1]}")
         (self.first,) = children_of(self._outer.pid)
-        self._id = os.readlink(f"/proc/{self.first}/ns/pid")
+        self.id = os.readlink(f"/proc/{self.first}/ns/pid")
         target = ["nsenter", "--target", str(self.first)]
         self.enter = [*target, "--net", "--mount", "--pid", "--"]
         self.enter_network = [*target, "--net", "--"]
@@ -116,7 +116,7 @@ class Space:
 
     def _holds(self, pid: int) -> bool:
         try:
-            return os.readlink(f"/proc/{pid}/ns/pid") == self._id
+            return os.readlink(f"/proc/{pid}/ns/pid") == self.id
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             return False
 
