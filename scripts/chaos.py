@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from chaos_check import curve, doctor, finished_iterations, rises, same_as, undisturbed, units_once  # noqa: E402
 from chaos_faults import KINDS  # noqa: E402
-from chaos_storm import Options, Outcome, Storm, weights_of  # noqa: E402
+from chaos_job import Options  # noqa: E402
+from chaos_storm import Outcome, Storm, weights_of  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -50,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="most runs; default: as many as the faults take")
     parser.add_argument("--every", type=float, default=15.0, help="seconds between faults, on average")
     parser.add_argument("--minutes", type=float, help="of one run, which then is asked to end; faults have no limit")
+    parser.add_argument("--hours", type=float, help="the same in hours")
     parser.add_argument("--iterations", type=int, help="of each run")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="of faults: NAME or NAME=WEIGHT each")
     parser.add_argument("--seed", type=int, default=0, help="of the faults; each further run has the next one")
@@ -62,6 +64,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    if arguments.hours is not None:
+        arguments.minutes = 60 * arguments.hours
     overrides = list(arguments.overrides)
     if arguments.iterations is not None:
         overrides.append(f"iterations={arguments.iterations}")

@@ -36,6 +36,8 @@ class Fault:
     phase: str
     """What the run was doing."""
     detail: str = ""
+    interrupts: bool = False
+    """Whether it ended the driver or the learner, which then have to come up again before anything goes on."""
     repaired: float | None = None
     """When the storm had done its own part: healed, continued, resumed, put a new node there."""
     progressed: float | None = None
@@ -78,13 +80,17 @@ def worker(storm: Storm, fault: Fault) -> str | None:
 
 
 def learner(storm: Storm, fault: Fault) -> str | None:
+    if storm.interrupted:
+        return None
+    fault.interrupts = True
     return _kill_one(storm, fault, LEARNER)
 
 
 def driver(storm: Storm, fault: Fault) -> str | None:
     """SIGKILL, then resume, perhaps on another node."""
-    if not storm.job.running:
+    if not storm.job.running or storm.interrupted:
         return None
+    fault.interrupts = True
     storm.job.end()
     storm.resume_later(fault)
     return f"SIGKILL driver on {storm.job.node.name}"
@@ -92,8 +98,9 @@ def driver(storm: Storm, fault: Fault) -> str | None:
 
 def term(storm: Storm, fault: Fault) -> str | None:
     """SIGTERM: the driver saves and exits within its grace time; then resume."""
-    if not storm.job.running:
+    if not storm.job.running or storm.interrupted:
         return None
+    fault.interrupts = True
     storm.ask_to_end(fault)
     return f"SIGTERM driver on {storm.job.node.name}"
 
@@ -104,7 +111,7 @@ def node(storm: Storm, fault: Fault) -> str | None:
     if not spare or storm.joining:
         return None
     chosen = storm.random.choice(spare)
-    with_driver = storm.job.running and storm.job.node is chosen
+    with_driver = fault.interrupts = storm.job.running and storm.job.node is chosen
     storm.cluster.kill(chosen)
     storm.replace_later(fault, then_resume=with_driver)
     return f"SIGKILL all of {chosen.name}{', driver included' if with_driver else ''}"
@@ -118,6 +125,7 @@ def cut(storm: Storm, fault: Fault) -> str | None:
     chosen, seconds = storm.random.choice(spare), storm.random.uniform(*CUT_SECONDS)
     storm.cluster.cut(chosen)
     if storm.job.running and storm.job.node is chosen:
+        fault.interrupts = True
         storm.driver_may_end(fault)
 
     def heal() -> None:
