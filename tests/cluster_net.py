@@ -30,7 +30,7 @@ from typing import IO, Any
 from tests.spaces import ClusterError, Marked, Process, Space, checked, namespaces_permitted, title_of
 
 ROOT = Path(__file__).resolve().parent.parent
-RAY = str(Path(sys.executable).with_name("ray"))
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 NETWORK = "10.77.0"
 SWITCH = f"{NETWORK}.254"
 """The switch's own address: a server that is not on any node runs there (`Cluster.switch`)."""
@@ -195,7 +195,7 @@ class Cluster:
         """A new node that is about to join: it has done so once the process returned ends with 0."""
         node = self._machine()
         self.nodes.append(node)
-        command = [RAY, "start", "--disable-usage-stats", f"--node-ip-address={node.address}", "--num-gpus=0"]
+        command = [*RAY, "start", "--disable-usage-stats", f"--node-ip-address={node.address}", "--num-gpus=0"]
         command += [f"--num-cpus={self._cpus}", f"--object-store-memory={self._store}"]
         if node is self.head:
             command += ["--head", f"--port={self.port}", f"--include-dashboard={self._dashboard}"]
