@@ -41,8 +41,8 @@ class Progress:
         self.rows = max(self.rows, metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
         beat = self._beat()
         if beat is not None:
-            iteration, phase, done = int(beat.get("iteration", 0)), str(beat.get("phase")), int(beat.get("done") or 0)
-            self.phase = f"iteration {iteration} {phase} {done}/{beat.get('total')}"
+            iteration, phase, done = int(beat.get("iteration", 0)), beat.get("phase"), int(beat.get("done") or 0)
+            self.phase = f"iteration {iteration} {phase} {done}/{beat.get('total')}" if phase else "start-up"
             if phase in ("warm-up", "learn"):
                 self.learned = max(self.learned, (iteration, done))
         return (self.units, self.rows, self.learned) != before

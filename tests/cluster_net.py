@@ -64,7 +64,7 @@ class Node:
         """The node's logs, which outlive it."""
         self.alive = True
         self.connected = True
-        self.space: Space | Marked = Space() if namespaces_permitted() else Marked()
+        self.space: Space | Marked = Space(name) if namespaces_permitted() else Marked()
         self._started: list[Process] = []
         self._environment = dict(environment) | getattr(self.space, "environment", {})
         folder.mkdir(parents=True)
@@ -152,7 +152,7 @@ class Cluster:
         self.switch: Space | None = None
         try:
             if self.namespaced:
-                self.switch = Space()
+                self.switch = Space("switch")
                 self._in_switch("ip", "link", "add", "hub", "type", "bridge")
                 self._in_switch("ip", "address", "add", f"{SWITCH}/24", "dev", "hub")
                 self._in_switch("ip", "link", "set", "hub", "up")

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+KINDS = ("--net", "--mount", "--pid", "--uts")
 FIRST = """
-import signal
+import signal, socket, sys
+socket.sethostname(sys.argv[1])
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries orphans
 print("up", flush=True)
 while True:
@@ -29,7 +31,7 @@ class ClusterError(RuntimeError):
 @functools.cache
 def namespaces_permitted() -> bool:
     """Whether this process may build nodes with addresses of their own."""
-    command = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "ip", "link", "add", "type", "bridge"]
+    command = ["unshare", *KINDS, "--fork", "--mount-proc", "ip", "link", "add", "type", "bridge"]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
@@ -94,11 +96,11 @@ class Process:
 
 
 class Space:
-    """Network, mount and process namespaces that live as long as their first process."""
+    """Namespaces of network, mounts, processes and host name that live as long as their first process."""
 
-    def __init__(self) -> None:
-        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc"]
-        command += ["--kill-child", sys.executable, "-S", "-c", FIRST]
+    def __init__(self, name: str) -> None:
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", *KINDS, "--fork", "--mount-proc", "--kill-child"]
+        command += [sys.executable, "-S", "-c", FIRST, name]
         pipe = subprocess.PIPE
         self._outer = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         assert self._outer.stdout is not None
@@ -107,7 +109,7 @@ class Space:
         (self.first,) = children_of(self._outer.pid)
         self.id = os.readlink(f"/proc/{self.first}/ns/pid")
         target = ["nsenter", "--target", str(self.first)]
-        self.enter = [*target, "--net", "--mount", "--pid", "--"]
+        self.enter = [*target, *KINDS, "--"]
         self.enter_network = [*target, "--net", "--"]
 
     def pids(self) -> list[int]:

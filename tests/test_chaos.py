@@ -33,10 +33,10 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chaos") / "run"
     config = tiny_config("warmup.steps=2", "learn.steps=2")
     run = RunFolder.create(path, config)
-    executor = InlineExecutor(config, path)
+    executor = InlineExecutor(config, run.place)
     Loop(run, executor, lambda _: None).go()
     executor.close()
-    run.close()
+    run.close("ended")
     return path
 
 
