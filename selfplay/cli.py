@@ -306,5 +306,41 @@ def export(
             print(f"{key}: {figure}")
 
 
+@app.command(epilog="Example: selfplay status runs/first")
+def status(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Where a run stands, from its folder alone; also while its driver is dead."""
+    from selfplay.status import read_status
+
+    found = read_status(run)
+    print(json.dumps(found.data()) if as_json else "\n".join(found.lines()))
+
+
+@app.command(epilog="Example: selfplay doctor runs/first")
+def doctor(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
+    from selfplay.doctor import examine
+    from selfplay.report import Line
+
+    findings = []
+    with Line() as line:
+        for finding in examine(run, line.show):
+            findings.append(finding)
+            if not as_json:
+                line.clear()
+                print(finding.line, flush=True)
+    if as_json:
+        print(json.dumps({"run": str(run), "findings": [finding.data() for finding in findings]}))
+    elif not findings:
+        print(f"{run} keeps every promise that a folder can show")
+    if findings:
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()
