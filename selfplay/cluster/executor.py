@@ -205,6 +205,14 @@ def _count(config: Config) -> int:
 def start_local_ray(config: Config) -> None:
     """A Ray of our own on this machine, without dashboard; its processes die with this one."""
     threads = str(max(config.cluster.worker_threads, config.cluster.learner_threads))
+    if config.cluster.address is not None:
+        ray.init(
+            address=config.cluster.address,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
+        )
+        return
     ray.init(
         num_cpus=_count(config) + 1,
         include_dashboard=False,
