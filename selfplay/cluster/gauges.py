@@ -1,7 +1,7 @@
 """A run's figures as Ray metrics, which every node's metrics port offers to Prometheus.
 
 Ray puts `ray_` before a name: the gauge of `heldout_pass1` is scraped as `ray_selfplay_heldout_pass1{run="..."}`. A
-node's metrics agent forgets a gauge that nobody sets for a minute, and columns of metrics.jsonl are set once per
+node's metrics agent forgets a gauge that nobody sets for half a minute, and columns of metrics.jsonl are set once per
 iteration; so all are sent again with whatever is set, every few seconds.
 """
 
