@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -14,14 +14,17 @@ from mcts.engines.model import turn_end
 from mcts.rng import generator, hash64
 from mcts.tasks.base import Example
 from selfplay.forward import check_kernels, check_logits, check_tree_mask, checkpoint_layers
-from selfplay.group import Alone, Group
+from selfplay.group import Alone, Group, agree
 from selfplay.items import Encode, ExampleEncoder
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
 from selfplay.optimizers import Optimizer, OptimizerSettings, Schedule
+from selfplay.packing import Item
 from selfplay.phase import Budget, Keeper, Phase, Progress
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
+
+T = TypeVar("T")
 
 __all__ = ["Budget", "Keeper", "Learner", "LearnerSettings", "Progress"]
 
@@ -74,6 +77,7 @@ class Learner:
         if Need.VALUE_HEAD in objective.needs and policy.head is None:
             raise ValueError(f"objective {objective.name} trains a value head and the policy has none; add one")
         self.policy = policy
+        self.reference = reference
         self.objective = objective
         self.settings = settings
         self.group: Group = Alone() if group is None else group
@@ -124,7 +128,9 @@ class Learner:
         key = (self.settings.seed, iteration, hash64(*purpose.encode()))
         side_by_side = self.settings.threads if self.policy.device.type == "cpu" else 1
         with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
-            items = self.objective.prepare(traces, self._models, generator(*key, 0)) if traces else []
+            items: list[Item] = []
+            if traces:
+                self.agree(lambda: items.extend(self.objective.prepare(traces, self._models, generator(*key, 0))))
             size = items_per_step or self.settings.items_per_step
             phase = Phase(
                 self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool, side_by_side
@@ -132,6 +138,10 @@ class Learner:
             if resume is not None:
                 phase.load_state_dict(resume)
             return phase.run(budget, schedule or Schedule(), progress, keeper)
+
+    def agree(self, work: Callable[[], T]) -> list[T]:
+        """`group.agree`."""
+        return agree(self.group, work)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of a training forward."""

@@ -17,7 +17,7 @@ from mcts.rng import generator
 from mcts.tasks.base import Example
 from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.forward import Outputs, batches, fit, forward
-from selfplay.group import agree, shares
+from selfplay.group import shares
 from selfplay.metrics import Means, RunningAuc
 from selfplay.objectives.loss import Totals, composite_loss
 from selfplay.optimizers import Schedule
@@ -241,8 +241,7 @@ class Phase:
         done after it (`Keeper.due`)."""
         learner, group = self.learner, self.learner.group
         auc = RunningAuc()
-        told = agree(
-            group,
+        told = learner.agree(
             lambda: {"wish": "" if keeper is None else keeper.due(), **self._accumulate(self._tasks(sources), auc)},
         )
         if not all(each["finite"] for each in told):
