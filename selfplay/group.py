@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import socket
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +22,10 @@ T = TypeVar("T")
 
 class PeerError(RuntimeError):
     """Another process of the group failed; that one has the cause."""
+
+
+class GroupLost(RuntimeError):
+    """Another process of the group is gone or silent; this group is of no use any more."""
 
 
 class Group(Protocol):
@@ -55,12 +63,12 @@ class TorchGroup:
     """torch.distributed: gloo for tensors on CPU, nccl for those on GPUs. One per process, for its whole life."""
 
     def __init__(
-        self, rank: int, size: int, address: str, port: int, *, door: socket.socket | None, timeout: float = 600.0
+        self, rank: int, size: int, where: tuple[str, int], *, host: str, door: socket.socket | None, timeout: float
     ) -> None:
-        """Wait until all `size` processes are there. They meet at `address`:`port`, where rank 0 listens: the socket
-        that `open_door` gave it is its `door`.
+        """Wait until all `size` processes are there. They meet at `where` (address, port), at the `door` that rank 0
+        opened there; `host` is this process's own address.
 
-        `timeout` in seconds is the longest that a rank waits for another; after that it raises RuntimeError.
+        `timeout` in seconds is the longest that a rank waits for another; then it raises GroupLost.
         """
         import torch.distributed as dist
 
@@ -69,11 +77,14 @@ class TorchGroup:
         limit = timedelta(seconds=timeout)
         listen = None if door is None else door.detach()
         meeting: Any = dist  # TCPStore has no stub
-        store = meeting.TCPStore(address, port, size, is_master=rank == 0, timeout=limit, master_listen_fd=listen)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        # Texts travel on their own: an error can be told while others still wait for tensors.
-        self._control = dist.new_group(backend="gloo", timeout=limit)
+        with losses():
+            for library in ("GLOO", "NCCL"):  # they would take what the host's name resolves to
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface_of(host))
+            store = meeting.TCPStore(*where, size, is_master=rank == 0, timeout=limit, master_listen_fd=listen)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            # Texts travel on their own: an error can be told while others still wait for tensors.
+            self._control = dist.new_group(backend="gloo", timeout=limit)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         import torch.distributed as dist
@@ -81,7 +92,8 @@ class TorchGroup:
         for kind in sorted({(str(tensor.dtype), str(tensor.device)) for tensor in tensors}):
             mine = [tensor for tensor in tensors if (str(tensor.dtype), str(tensor.device)) == kind]
             flat = torch.cat([tensor.reshape(-1) for tensor in mine])
-            dist.all_reduce(flat)
+            with losses():
+                dist.all_reduce(flat)
             pieces = torch.split(flat, [tensor.numel() for tensor in mine])
             for tensor, summed in zip(mine, pieces, strict=True):
                 tensor.copy_(summed.view_as(tensor))
@@ -91,12 +103,14 @@ class TorchGroup:
 
         data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
+        with losses():
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         found = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(found, padded, group=self._control)
+        with losses():
+            dist.all_gather(found, padded, group=self._control)
         return [bytes(each[: int(size)].tolist()).decode() for each, size in zip(found, sizes, strict=True)]
 
     def close(self) -> None:
@@ -105,10 +119,39 @@ class TorchGroup:
         dist.destroy_process_group()
 
 
-def open_door() -> tuple[socket.socket, int]:
-    """A socket that listens on a free port of every address of this machine, and that port; for rank 0."""
-    door = socket.create_server(("", 0), backlog=128)
-    return door, door.getsockname()[1]
+@contextmanager
+def losses() -> Iterator[None]:
+    """What torch.distributed raises when others are gone is raised as GroupLost."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise GroupLost(str(error)) from error
+    except RuntimeError as error:  # gloo has no error of its own
+        if not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection", "timed out")):
+            raise
+        raise GroupLost(str(error)) from error
+
+
+def open_door(host: str) -> tuple[socket.socket, tuple[str, int]]:
+    """A socket that listens on a free port of this machine's address `host`, and where that is; for rank 0."""
+    door = socket.create_server((host, 0), backlog=128)
+    return door, (host, door.getsockname()[1])
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an IPv4 address of this machine. Raises GroupLost where none has."""
+    query = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(any_socket.fileno(), query, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # an interface without an address
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    raise GroupLost(f"no network interface here has the address {address}: let Ray use one of this machine's own")
 
 
 TOLD: dict[str, type[Exception]] = {error.__name__: error for error in (NonFiniteLoss, UserError, Interrupted)}
@@ -118,23 +161,33 @@ TOLD: dict[str, type[Exception]] = {error.__name__: error for error in (NonFinit
 def agree(group: Group, work: Callable[[], T]) -> list[T]:
     """Do `work` on every rank; its results (plain JSON), in the order of ranks.
 
-    Where it raises on one rank, it raises on all: there what happened, elsewhere that error again or PeerError. So
-    `work` must not wait for other ranks itself.
+    Where it raises on one rank, it raises on all: there what happened, elsewhere that error again or PeerError. While
+    it goes on, ranks may only wait for each other in `agree` itself, or where none of them can raise.
     """
     if group.size == 1:
         return [work()]
     try:
         told = json.dumps({"result": work()})
+    except GroupLost:
+        raise
     except Exception as error:
-        group.gather(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        if not getattr(error, "told", False):
+            group.gather(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        _told(error)
         raise
     answers: list[dict[str, Any]] = [json.loads(answer) for answer in group.gather(told)]
     for rank, answer in enumerate(answers):
         if "error" in answer:
             if (known := TOLD.get(answer["error"])) is not None:
-                raise known(answer["message"])
-            raise PeerError(f"learner {rank} failed: {answer['error']}: {answer['message']}")
+                raise _told(known(answer["message"]))
+            raise _told(PeerError(f"learner {rank} failed: {answer['error']}: {answer['message']}"))
     return [answer["result"] for answer in answers]
+
+
+def _told(error: Exception) -> Exception:
+    """Every rank knows of it."""
+    error.told = True  # type: ignore[attr-defined]
+    return error
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:

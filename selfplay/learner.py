@@ -148,6 +148,17 @@ class Learner:
         low = self.settings.precision == "bfloat16"
         return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=low)
 
+    def move(self, device: str) -> None:
+        """Move weights and the optimiser's state to another device."""
+        for policy in (self.policy, self.reference):
+            if policy is not None:
+                policy.model.to(device)
+                if policy.head is not None:
+                    policy.head.to(device)
+        self.optimizer.move(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def state_dict(self) -> dict[str, Any]:
         """What the optimiser must remember; the weights are the policy's."""
         return self.optimizer.state_dict()

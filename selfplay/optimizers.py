@@ -105,6 +105,15 @@ class Optimizer:
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
+    def move(self, device: str) -> None:
+        """Move the state to where the parameters went; there are no gradients between two steps."""
+        for optimizer in self._optimizers.values():
+            for parameter, entries in optimizer.state.items():
+                optimizer.state[parameter] = {
+                    name: entry.to(device) if torch.is_tensor(entry) and entry.ndim else entry
+                    for name, entry in entries.items()
+                }
+
     def state_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and tensors: loads with `weights_only=True`."""
         return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}

@@ -44,6 +44,7 @@ class Trainer:
         self.run = run
         self.group: Group = Alone() if group is None else group
         self._stop = threading.Event()
+        self._resting = False
         self._base = ""
         """Which weights the learner holds between two phases."""
         self.task: Task = load_task(config.task.name, **config.task.settings)
@@ -53,10 +54,20 @@ class Trainer:
     def learner(self) -> Learner:
         if self._learner is None:
             raise RuntimeError("warm up or restore a checkpoint before learning")
+        if self._resting:
+            self._resting = False
+            self._learner.move(self.config.model.device)
         return self._learner
+
+    def rest(self) -> None:
+        """Free the device's memory until there is work again: weights and optimiser wait in the CPU's."""
+        if self._learner is not None and self.config.model.device != "cpu":
+            self._learner.move("cpu")
+            self._resting = True
 
     def _new_learner(self, policy: Policy, reference: Policy | None) -> Learner:
         config = self.config
+        self._resting = False
         settings = LearnerSettings(
             optimizer=_optimizer_settings(config.learn.optimizer),
             items_per_step=config.learn.items_per_step,
@@ -184,7 +195,7 @@ class Trainer:
             return None
         policy, saved = self._load(Path(found))
         assert saved is not None  # a partial state always has it
-        reference = None if self._learner is None else self._learner.reference
+        reference = None if self._learner is None else self.learner.reference
         if reference is None and self._has_kl:  # in warm-up: it takes the weights as warm-up leaves them
             reference = copy.deepcopy(policy)
         self._learner = self._new_learner(policy, reference)

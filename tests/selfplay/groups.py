@@ -13,6 +13,7 @@ import torch
 
 from selfplay.group import TorchGroup, open_door
 
+HOST = "127.0.0.1"
 DEADLINE = 300.0
 """Seconds after which a group that hangs fails its test."""
 
@@ -20,12 +21,12 @@ DEADLINE = 300.0
 def _rank(rank: int, size: int, queue: Any, work: Callable[..., Any], arguments: tuple[Any, ...], out: Path) -> None:
     torch.set_num_threads(1)
     if rank == 0:
-        door, port = open_door()
+        door, where = open_door(HOST)
         for _ in range(size - 1):
-            queue.put(port)
+            queue.put(where)
     else:
-        door, port = None, queue.get(timeout=DEADLINE)
-    group = TorchGroup(rank, size, "127.0.0.1", port, door=door, timeout=DEADLINE / 2)
+        door, where = None, queue.get(timeout=DEADLINE)
+    group = TorchGroup(rank, size, where, host=HOST, door=door, timeout=DEADLINE / 2)
     out.write_bytes(pickle.dumps(work(group, *arguments)))
     group.close()
 

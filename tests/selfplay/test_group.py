@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from mcts.engines.model import Policy
 from selfplay import lora
 from selfplay.config import LoraConfig
 from selfplay.errors import NonFiniteLoss, UserError
-from selfplay.group import Alone, Group, PeerError, agree, shares
+from selfplay.group import Alone, Group, GroupLost, PeerError, agree, shares
 from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import AlphaZero, Sft
 from selfplay.optimizers import OptimizerSettings
@@ -161,7 +163,13 @@ def failing(group: Group) -> list[str]:
         if group.rank == 1:
             raise KeyError("a bug")
 
-    for work in (wrong, odd):
+    def nested() -> None:
+        agree(group, lambda: None)
+        if group.rank == 1:
+            raise KeyError("between")
+        agree(group, lambda: None)
+
+    for work in (wrong, odd, nested):
         try:
             agree(group, work)
         except (UserError, KeyError, PeerError) as error:
@@ -187,11 +195,28 @@ def test_an_error_of_one_rank_is_raised_on_all_and_nobody_hangs(tmp_path: Path) 
     assert zero == [
         "UserError: a bad word",
         "PeerError: learner 1 failed: KeyError: 'a bug'",
+        "PeerError: learner 1 failed: KeyError: 'between'",
         "NonFiniteLoss: the loss is not a finite number; lower the learning rate",
         "unchanged: True",
         "no gradient: True",
     ]
-    assert one == [zero[0], "KeyError: 'a bug'", *zero[2:]]
+    assert one == [zero[0], "KeyError: 'a bug'", "KeyError: 'between'", *zero[3:]]
+
+
+def dying(group: Group) -> str:
+    """Rank 2 is killed while the others wait for it."""
+    if group.rank == 2:
+        os._exit(0)
+    try:
+        group.sum([torch.ones(3)]) if group.rank else group.gather("there?")
+    except GroupLost as error:
+        return type(error).__name__
+    return "all is well"
+
+
+def test_those_who_live_on_learn_that_one_died(tmp_path: Path) -> None:
+    (tmp_path / "rank2-of-3").write_bytes(pickle.dumps("dead"))
+    assert run_group(3, tmp_path, dying) == ["GroupLost", "GroupLost", "dead"]
 
 
 def exchange(group: Group) -> Any:
