@@ -22,7 +22,7 @@ class Interrupted(RuntimeError):
 
 
 RUNTIME = (
-    ("selfplay.run_folder", "RunError"),
+    ("selfplay.store", "RunError"),
     ("selfplay.shards", "ShardError"),
     ("selfplay.checkpoint", "CheckpointError"),
     ("selfplay.errors", "NonFiniteLoss"),

@@ -6,20 +6,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfplay import checkpoint as checkpoints
 from selfplay.checkpoint import CheckpointError
 from selfplay.config import Config
 
-if TYPE_CHECKING:
-    from mcts.engines.model import Policy
-
 log = logging.getLogger(__name__)
+PARTIAL = "checkpoints/partial"
 
 
 def identity(checkpoint: Path) -> str:
@@ -31,12 +28,11 @@ def identity(checkpoint: Path) -> str:
 class Partial:
     """Of one phase of one iteration. `digest` stands for all that determines the phase."""
 
-    run: Path
     iteration: int
     digest: str
 
     @classmethod
-    def of(cls, run: Path, config: Config, iteration: int, base: str, shards: Sequence[Path]) -> Partial:
+    def of(cls, config: Config, iteration: int, base: str, shards: Sequence[Path]) -> Partial:
         """`base`: the `identity` of the checkpoint that the phase starts from, or another name of its weights."""
         cluster = config.cluster
         facts = {
@@ -46,42 +42,31 @@ class Partial:
             "base": base,
             "shards": [(shard.parent.name, shard.name, shard.stat().st_size) for shard in shards],
         }
-        return cls(run, iteration, _digest(facts))
+        return cls(iteration, _digest(facts))
 
     @property
-    def _folder(self) -> Path:
-        return self.run / "checkpoints" / "partial"
+    def name(self) -> str:
+        """Of its folder in the run."""
+        return f"{PARTIAL}/{self.iteration:05d}"
 
-    def find(self) -> Path | None:
-        """The folder to go on from (`checkpoint.load`); None, with a line in the log, where it is of another phase or
-        damaged."""
-        folder = checkpoints.path_of(self._folder, self.iteration)
+    def find(self, folder: Path) -> bool:
+        """Whether the phase can go on from what is in the folder; where that is of another phase or damaged, a line in
+        the log says so."""
         if not folder.exists():
-            return None
+            return False
         try:
             digest = checkpoints.read_state(folder)["digest"]
             checkpoints.verify(folder)
         except CheckpointError as error:
             log.warning("learning of iteration %d begins again: %s", self.iteration, error)
-            return None
+            return False
         if digest != self.digest:
             log.warning(
                 "learning of iteration %d begins again: its saved state is of another config, other traces, other "
                 "weights or another number of learners",
                 self.iteration,
             )
-            return None
-        return folder
-
-    def write(self, policy: Policy, optimizer: dict[str, Any], phase: dict[str, Any]) -> None:
-        """In the place of an earlier one. Raises CheckpointError."""
-        saved = {"optimizer": optimizer, "phase": phase}
-        checkpoints.save(self._folder, self.iteration, policy, saved, {"digest": self.digest})
-
-
-def remove(run: Path) -> None:
-    """Nothing is under way any more."""
-    shutil.rmtree(run / "checkpoints" / "partial", ignore_errors=True)
+        return bool(digest == self.digest)
 
 
 def _digest(facts: Any) -> str:

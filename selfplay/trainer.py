@@ -22,8 +22,9 @@ from selfplay.group import Alone, Group, agree
 from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
-from selfplay.partial import Partial, identity, remove
+from selfplay.partial import PARTIAL, Partial, identity
 from selfplay.shards import iter_traces
+from selfplay.store import Place, guard
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -39,9 +40,9 @@ class Trainer:
     As one of a `group`, every rank has a trainer and calls the same; rank 0 writes.
     """
 
-    def __init__(self, config: Config, run: Path, group: Group | None = None) -> None:
+    def __init__(self, config: Config, place: Place, group: Group | None = None) -> None:
         self.config = config
-        self.run = run
+        self.store = place.open()
         self.group: Group = Alone() if group is None else group
         self._stop = threading.Event()
         self._resting = False
@@ -91,7 +92,7 @@ class Trainer:
     def warm_up(self, progress: Progress) -> dict[str, Any]:
         """A fresh or given policy, trained on the task's worked examples; metrics of that phase."""
         config = self.config.warmup
-        partial = Partial.of(self.run, self.config, 0, "first", [])
+        partial = Partial.of(self.config, 0, "first", [])
         resume = self._pick_up(partial)
         if resume is None:
             policy = self._first_policy()
@@ -132,7 +133,8 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        partial = Partial.of(self.run, config, iteration, self._base, shards)
+        shards = [self.store.pull(f"traces/{shard.parent.name}/{shard.name}") for shard in shards]
+        partial = Partial.of(config, iteration, self._base, shards)
         traces: list[Any] = []
         agree(self.group, lambda: traces.extend(trace for shard in shards for trace in iter_traces(shard)))
         return self._run(
@@ -186,14 +188,9 @@ class Trainer:
     def _pick_up(self, partial: Partial) -> dict[str, Any] | None:
         """Put what a phase saved into the learner; the state of the phase itself, None where nothing was saved."""
 
-        def find() -> str | None:
-            found = partial.find() if self.group.rank == 0 else None
-            return None if found is None else str(found)
-
-        found = agree(self.group, find)[0]
-        if found is None:
+        if not agree(self.group, lambda: self.group.rank == 0 and partial.find(self.store.pull(partial.name)))[0]:
             return None
-        policy, saved = self._load(Path(found))
+        policy, saved = self._load(self.store.pull(partial.name))
         assert saved is not None  # a partial state always has it
         reference = None if self._learner is None else self.learner.reference
         if reference is None and self._has_kl:  # in warm-up: it takes the weights as warm-up leaves them
@@ -205,8 +202,7 @@ class Trainer:
 
     def save_partial(self, partial: Partial, phase: dict[str, Any]) -> None:
         """Save a phase that is under way. Raises CheckpointError."""
-        policy, optimizer = self.learner.policy, self.learner.state_dict()
-        agree(self.group, lambda: partial.write(policy, optimizer, phase) if self.group.rank == 0 else None)
+        self._write(partial.name, partial.iteration, {"phase": phase}, {"digest": partial.digest})
 
     def wish(self, began: float) -> str:
         """What a phase whose state was last saved at `began` is to do after a step (`Keeper.due`)."""
@@ -232,8 +228,7 @@ class Trainer:
         if model.path is not None:
             policy = load_policy(model.path, device=model.device, dtype=model.dtype, attn=model.attention)
         else:
-            folder = self.run / "pending" / (f"fresh-{self.group.rank}" if self.group.rank else "fresh")
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = self.store.workshop("fresh")
             build_fresh_model(folder, self.task.vocabulary(), model.fresh, seed=self.config.seed)
             policy = load_policy(folder, device=model.device, dtype=model.dtype, attn=model.attention)
             shutil.rmtree(folder)
@@ -252,10 +247,11 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
+        checkpoint = self.store.pull(f"checkpoints/{checkpoint.name}")
         policy, optimizer = self._load(checkpoint)
         reference = None
         if self._has_kl:
-            first = checkpoints.path_of(self.run / "checkpoints", 0)
+            first = self.store.pull("checkpoints/00000")
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
@@ -270,19 +266,29 @@ class Trainer:
         return policy, optimizer
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError."""
+        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError, RunError."""
+        self._write(f"checkpoints/{iteration:05d}", iteration, {}, state)
+        checkpoint = self.store.pull(f"checkpoints/{iteration:05d}")
+        self._base = identity(checkpoint)
+        return checkpoint
+
+    def _write(self, name: str, iteration: int, beside: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write weights and optimiser in the form of a checkpoint, from rank 0; the last of a phase ends its partial
+        state."""
         policy, optimizer = self.learner.policy, self.learner.state_dict()
+        optimizer = {"optimizer": optimizer, **beside} if beside else optimizer
 
-        def write() -> str | None:
+        def write() -> None:
             if self.group.rank:
-                return None
-            folder = checkpoints.save(self.run / "checkpoints", iteration, policy, optimizer, state)
-            remove(self.run)
-            return str(folder)
+                return
+            with guard(self.store):
+                building = self.store.workshop(f"{iteration:05d}")
+                checkpoints.write(building, iteration, policy, optimizer, state)
+            self.store.publish(building, name)
+            if not beside:
+                self.store.remove(PARTIAL)
 
-        folder = Path(str(agree(self.group, write)[0]))
-        self._base = identity(folder)
-        return folder
+        agree(self.group, write)
 
 
 class _Keeper:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from selfplay.config import Config
 from selfplay.group import Alone, Group, GroupLost, TorchGroup, agree, open_door
+from selfplay.store import Place
 from selfplay.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ class LearnerActor:
     An error of one rank is raised on all of them. A rank whose group is broken dies: it could do nothing more.
     """
 
-    def __init__(self, config: Config, run: Path, rank: int) -> None:
+    def __init__(self, config: Config, place: Place, rank: int) -> None:
         self._config = config
-        self._run = run
+        self._place = place
         self._rank = rank
         self._door: socket.socket | None = None
         self._group: Group = Alone()
@@ -74,7 +75,7 @@ class LearnerActor:
 
     def _ready(self) -> Trainer:
         if self._trainer is None:
-            self._trainer = Trainer(self._config, self._run, self._group)
+            self._trainer = Trainer(self._config, self._place, self._group)
         if self._stopped:
             self._trainer.stop()
         return self._trainer
@@ -119,14 +120,15 @@ class Learners:
     where a rank died; then all of them are killed, and `restart` and `restore` make new ones.
     """
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self._config = config
-        self._run = run
+        self._place = place
         self._actors: list[Any] = []
         self._others: list[Any] = []
         """Calls whose results nobody else waits for."""
         self._lock = threading.Lock()
         self._lost = False
+        self._stopping = False
         self._ended = threading.Event()
         self._looking = threading.Thread(target=self._look, name="learners", daemon=True)
         self.restart()
@@ -141,12 +143,14 @@ class Learners:
         """New actors for all ranks, without weights; those that still live are killed."""
         self._kill()
         cluster = self._config.cluster
-        kind = ray.remote(LearnerActor).options(
-            num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, concurrency_groups={LIFE: 1}
+        kind = ray.remote(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, concurrency_groups={LIFE: 1})(
+            LearnerActor
         )
-        actors = [kind.remote(self._config, self._run, rank) for rank in range(cluster.learners)]
+        actors = [kind.remote(self._config, self._place, rank) for rank in range(cluster.learners)]
         where = actors[0].open.remote() if len(actors) > 1 else None
         joining = [actor.join.remote(where) for actor in actors]
+        if self._stopping:
+            actors[0].stop.remote()
         with self._lock:
             self._actors, self._others, self._lost = actors, joining, False
 
@@ -174,6 +178,7 @@ class Learners:
 
     def stop(self) -> None:
         """The phase that runs, or the next one, saves its state and raises Interrupted."""
+        self._stopping = True
         self._actors[0].stop.remote()
 
     def progress(self) -> Progress | None:

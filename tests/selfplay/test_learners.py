@@ -20,7 +20,7 @@ from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.group import Group
 from selfplay.trainer import Trainer
 from tests.selfplay.groups import run_group
-from tests.selfplay.test_partial import Steps
+from tests.selfplay.test_partial import Steps, held
 from tests.selfplay.test_resume import ROOT
 from tests.selfplay.tiny_run import tiny_config
 
@@ -50,7 +50,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def learners(tmp_path: Path) -> Iterator[Learners]:
-    found = Learners(CONFIG, tmp_path / "run")
+    found = Learners(CONFIG, held(tmp_path / "run"))
     yield found
     found.kill()
 
@@ -66,7 +66,7 @@ def digests(run: Path, iteration: int) -> list[str]:
 
 
 def learn_without_ray(group: Group, run: Path) -> dict[str, Any]:
-    trainer = Trainer(CONFIG, run, group)
+    trainer = Trainer(CONFIG, held(run), group)
     trainer.warm_up(Steps())
     trainer.save(0, {})
     found = trainer.learn(1, [], Steps())
@@ -125,7 +125,7 @@ def test_errors_of_the_trainer_arrive_as_they_were_raised_and_kill_nobody(learne
 
 def test_a_loss_that_is_no_number_is_told_as_such(tmp_path: Path) -> None:
     wild = CONFIG.model_copy(update={"learn": CONFIG.learn.model_copy(update={"steps": 10, "lr_scale": 1e38})})
-    learners = Learners(wild, tmp_path / "run")
+    learners = Learners(wild, held(tmp_path / "run"))
     try:
         get(learners.warm_up())
         with pytest.raises(RayTaskError) as caught:

@@ -16,6 +16,8 @@ from selfplay import checkpoint
 from selfplay.config import Config
 from selfplay.errors import Interrupted
 from selfplay.shards import list_shards
+from selfplay.store import Place
+from selfplay.store_disk import epoch_folder
 from selfplay.trainer import Trainer
 from tests.selfplay.test_resume import outcome, run_child, undisturbed  # noqa: F401
 from tests.selfplay.tiny_run import CONFIG, SAVED, tiny_config
@@ -35,6 +37,14 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_child("never", run)
     assert done.returncode == 0, done.stderr
     return run
+
+
+def held(run: Path) -> Place:
+    """A place for a driver of our own; the run need not exist."""
+    place = Place(str(run), "test", 99)
+    epoch_folder(run, place.epoch).mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    return place
 
 
 class Steps:
@@ -87,16 +97,16 @@ def test_a_phase_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     run = tmp_path / "run"
     shutil.copytree(played, run)
     if kind == "muon":  # a checkpoint of that optimiser
-        first = Trainer(config_of(kind), run)
+        first = Trainer(config_of(kind), held(run))
         first.warm_up(Steps())
         first.save(0, {})
-    through = Trainer(config_of(kind), run)
+    through = Trainer(config_of(kind), held(run))
     expected = phase(through, run, what, Steps())
 
-    stopped = Trainer(config_of(kind), run)
+    stopped = Trainer(config_of(kind), held(run))
     with pytest.raises(Interrupted, match="after 11 steps"):
         phase(stopped, run, what, Steps(stopped, stop_at=10))
-    again, steps = Trainer(config_of(kind), run), Steps()
+    again, steps = Trainer(config_of(kind), held(run)), Steps()
     found = phase(again, run, what, steps)
     assert 10 not in steps.seen  # it did not begin again
     assert found == expected
@@ -108,7 +118,7 @@ def test_a_phase_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 def test_a_stop_after_the_last_step_leaves_nothing_to_interrupt(played: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(played, run)
-    trainer = Trainer(config_of("adamw"), run)
+    trainer = Trainer(config_of("adamw"), held(run))
     steps = Steps(trainer, stop_at=14)
     assert phase(trainer, run, "learn", steps)["steps"] == 14.0
     assert not (run / "checkpoints" / "partial").exists()
@@ -120,14 +130,14 @@ def test_a_saved_state_of_another_phase_is_ignored_and_said_so(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(played, run)
-    stopped = Trainer(config_of("adamw"), run)
+    stopped = Trainer(config_of("adamw"), held(run))
     with pytest.raises(Interrupted):
         phase(stopped, run, "learn", Steps(stopped, stop_at=10))
     config, shards = config_of("adamw"), list_shards(run, first=1, last=1)
     if reason == "other traces":
         shards = shards[:-1]
     elif reason == "other weights":
-        other = Trainer(config_of("adamw"), run)
+        other = Trainer(config_of("adamw"), held(run))
         other.restore(checkpoint.path_of(run / "checkpoints", 1))
         checkpoint.save(run / "checkpoints", 0, other.learner.policy, other.learner.state_dict(), {})
     elif reason == "other config":
@@ -136,7 +146,7 @@ def test_a_saved_state_of_another_phase_is_ignored_and_said_so(
         config = config_of("adamw", "cluster={executor: ray, learners: 2}")
     else:
         (run / "checkpoints" / "partial" / "00001" / "optimizer.pt").write_bytes(b"no")
-    again, steps = Trainer(config, run), Steps()
+    again, steps = Trainer(config, held(run)), Steps()
     with caplog.at_level(logging.WARNING):
         phase(again, run, "learn", steps, shards)
     assert steps.seen == [10, 14]
@@ -149,9 +159,9 @@ def test_a_phase_saves_as_often_as_the_config_says(played: Path, tmp_path: Path,
     shutil.copytree(played, run)
     saved = []
     monkeypatch.setattr(Trainer, "save_partial", lambda *arguments: saved.append(arguments[2]["counts"]["steps"]))
-    phase(Trainer(config_of("adamw"), run), run, "learn", Steps())
+    phase(Trainer(config_of("adamw"), held(run)), run, "learn", Steps())
     assert saved == []
-    phase(Trainer(config_of("adamw", "cluster.save_seconds=1e-9"), run), run, "learn", Steps())
+    phase(Trainer(config_of("adamw", "cluster.save_seconds=1e-9"), held(run)), run, "learn", Steps())
     assert saved == list(range(1, 14))  # after the last step there is nothing to save
 
 
