@@ -122,6 +122,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def read_files(checkpoint: Path) -> dict[str, Any]:
+    """Size and sha256 of every file of a checkpoint, by name. Checks no file."""
+    files: dict[str, Any] = _manifest(checkpoint)["files"]
+    return files
+
+
 def verify(checkpoint: Path) -> None:
     """Raise CheckpointError naming the first file that is missing, has another size, or another content."""
     for name, entry in _manifest(checkpoint)["files"].items():
