@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mcts.tasks.base import Example
 from mcts.tree import NO_PARENT, ROOT, Tree
@@ -146,7 +147,7 @@ def from_tree(
     for node in range(size - 1, 0, -1):
         if needed[node]:
             needed[tree.parent[node]] = True
-    order = _depth_first(tree, needed)
+    order = depth_first(tree, needed)
     start = np.zeros(size, dtype=np.int32)
     end = np.zeros(size, dtype=np.int32)
     ids, logprobs = [], []
@@ -198,7 +199,8 @@ def from_tree(
     )
 
 
-def _depth_first(tree: Tree, needed: Any) -> list[int]:
+def depth_first(tree: Tree, needed: npt.NDArray[np.bool_]) -> list[int]:
+    """The needed nodes [N] in the order in which an item holds their tokens; with a node its ancestors are needed."""
     order: list[int] = []
     waiting = [ROOT]
     while waiting:

@@ -153,6 +153,11 @@ class Learner:
             )
             return phase.run(budget, schedule or Schedule(), progress)
 
+    @property
+    def models(self) -> Models:
+        """The models as objectives see them."""
+        return self._models
+
     def autocast(self) -> torch.autocast:
         """The arithmetic of a training forward."""
         low = self.settings.precision == "bfloat16"

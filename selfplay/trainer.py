@@ -19,7 +19,9 @@ from selfplay.fresh import build_fresh_model
 from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
+from selfplay.reanalyse import Scorer, fresh_traces
 from selfplay.shards import iter_traces
+from selfplay.traces import Trace
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -36,6 +38,8 @@ class Trainer:
         self.run = run
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
+        self._version: int | None = None
+        """Checkpoint that holds the learner's weights; None while they are on none."""
 
     @property
     def learner(self) -> Learner:
@@ -99,7 +103,8 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        traces = [trace for shard in shards for trace in iter_traces(shard)]
+        traces = self._traces(shards)
+        self._version = None
         return self._run(
             iteration,
             traces,
@@ -111,6 +116,17 @@ class Trainer:
             purpose="learn",
             items_per_step=config.learn.items_per_step,
         )
+
+    def _traces(self, shards: Sequence[Path]) -> list[Trace]:
+        """What the phase learns from. Side files are committed once, so a phase done again reads the same."""
+        if not self.config.learn.reanalyse:
+            return [trace for shard in shards for trace in iter_traces(shard)]
+        if self._version is None:
+            raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
+        weights = checkpoints.weights_digest(checkpoints.path_of(self.run / "checkpoints", self._version))
+        settings = self.learner.settings
+        threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
+        return list(fresh_traces(self.run, shards, Scorer(self.learner.models, self._version, weights, threads)))
 
     def _run(
         self,
@@ -189,6 +205,7 @@ class Trainer:
             first = checkpoints.path_of(self.run / "checkpoints", 0)
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
+        self._version = int(checkpoint.name)
         if optimizer is not None:
             self._learner.load_state_dict(optimizer)
 
@@ -196,7 +213,9 @@ class Trainer:
         """Write the checkpoint of `iteration`; its folder. Raises CheckpointError."""
         learner = self.learner
         folder = self.run / "checkpoints"
-        return checkpoints.save(folder, iteration, learner.policy, learner.state_dict(), state)
+        saved = checkpoints.save(folder, iteration, learner.policy, learner.state_dict(), state)
+        self._version = iteration
+        return saved
 
 
 def _optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:
