@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from mcts.types import Float32
 from selfplay import llama_kernels
+from selfplay.cutting import cut, select, split_paths
 from selfplay.errors import UserError
-from selfplay.packing import Item, Packed, chain, cut, pack, select, split_paths
+from selfplay.packing import Item, Packed, chain, pack
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy

@@ -114,7 +114,7 @@ class Learner:
         if settings.gradient_checkpointing:
             checkpoint_layers(policy)
         row_length = settings.row_length or int(policy.model.config.hidden_size)
-        self._models = Models(
+        self.models = Models(
             policy, reference, settings.batch_tokens, settings.max_length, row_length, tree_mask=self.tree_mask
         )
 
@@ -146,17 +146,15 @@ class Learner:
         key = (self.settings.seed, iteration, hash64(*purpose.encode()))
         side_by_side = self.settings.threads if self.policy.device.type == "cpu" else 1
         with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
-            items = self.objective.prepare(traces, self._models, generator(*key, 0)) if traces else []
+            items = self.objective.prepare(traces, self.models, generator(*key, 0)) if traces else []
             size = items_per_step or self.settings.items_per_step
             phase = _Phase(
                 self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool, side_by_side
             )
-            return phase.run(budget, schedule or Schedule(), progress)
-
-    @property
-    def models(self) -> Models:
-        """The models as objectives see them."""
-        return self._models
+            found = phase.run(budget, schedule or Schedule(), progress)
+        if traces:
+            found["staleness"] = sum(iteration - 1 - trace.policy_version for trace in traces) / len(traces)
+        return found
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of a training forward."""
@@ -234,8 +232,12 @@ class _Phase:
             if progress is not None:
                 progress(steps, figures)
         names = ("policy_loss", "value_loss", "entropy", "kl", "grad_norm", "cross_entropy", "target_kl", "nll")
+        weighed = ("importance_ratio", "importance_capped") if Need.BEHAVIOR in self.learner.objective.needs else ()
         return {
-            **{name: self.means.get(name) for name in (*names, "replay_nll", "replay_value_loss", "logprob_gap")},
+            **{
+                name: self.means.get(name)
+                for name in (*names, *weighed, "replay_nll", "replay_value_loss", "logprob_gap")
+            },
             "value_auc": self.auc.value(),
             "trained_per_path": float(not self.learner.tree_mask),
             "tokens": float(self.trained),

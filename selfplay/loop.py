@@ -125,8 +125,8 @@ class Loop:
             "rates": rates.to_state(),
             "metrics": {
                 **summary.metrics(),
+                "staleness": 0.0,
                 **(metrics or {}),
-                "staleness": 0,
                 "rolled_back": diverged or base != iteration - 1,
             },
             "seconds": {
