@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -19,7 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 USAGE = 2
 MOST_SEED = (1 << 64) - 1
 
@@ -42,6 +40,7 @@ def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    address: Annotated[str | None, typer.Option(help="of a running Ray cluster to join: HOST:PORT, or auto")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
     ] = False,
@@ -60,7 +59,7 @@ def launch(
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    resolved = load_config(config, overrides or [])
+    resolved = load_config(config, [*(overrides or []), *_joining(address)])
     check_parts(resolved)
     folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
@@ -88,65 +87,26 @@ def _show_plan(config: Any, as_json: bool) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="run folder")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
+    address: Annotated[str | None, typer.Option(help="of a running Ray cluster to join: HOST:PORT, or auto")] = None,
 ) -> None:
     """Continue a run as if nothing had happened."""
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    _drive(RunFolder.open(run, overrides or [], check_parts))
+    _drive(RunFolder.open(run, [*(overrides or []), *_joining(address)], check_parts))
+
+
+def _joining(address: str | None) -> list[str]:
+    return [] if address is None else [f"cluster.address={address}"]
 
 
 def _drive(run: Any) -> None:
     """Run the loop on an open run folder, showing what it does."""
-    from rich.console import Console
+    from selfplay.drive import drive
 
-    from selfplay.executor import make_executor
-    from selfplay.loop import Event, Loop
-    from selfplay.report import TensorBoard, Watch, draw_curve, final_table
-
-    console = Console()
-    board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
-    executor = make_executor(run.config, run.path)
-    try:
-        with Watch() as watch:
-
-            def both(event: Event) -> None:
-                watch(event)
-                board(event)
-
-            rows = Loop(run, executor, both).go()
-    except KeyboardInterrupt as interrupt:
-        message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.path)}"
-        print(message, file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from interrupt
-    finally:
-        executor.close()
-        board.close()
-        run.close()
-    draw_curve(rows, run.path / "curve.png")
-    shown = _shown(run.path)
-    console.print(final_table(rows))
-    console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
-    solve = f"solve {shown} {shlex.quote(_example(run.config))}"
-    for command in (f"inspect {shown} --sample 3", solve, f"evaluate {shown}"):
-        console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _shown(path: Path) -> Path:
-    """The path as a user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _example(config: Any) -> str:
-    """A held-out problem of the run's task, as `solve` takes it."""
-    from mcts.tasks import load_task
-
-    task: Any = load_task(config.task.name, **config.task.settings)
-    problem = task.problems("heldout")[0]
-    if hasattr(task, "typed"):  # a task whose prompt is more than what a user types
-        return str(task.typed(problem))
-    prompt = problem.prompt
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    code = drive(run)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")
@@ -252,11 +212,11 @@ def reanalyse(
     """Score stored trees again with newer weights, into side files beside the shards."""
     from dataclasses import asdict
 
-    from selfplay.reanalyse import reanalyse_run
+    from selfplay.reanalyse import reanalyse_path
 
     shown = _plain_progress()
     report = asdict(
-        reanalyse_run(
+        reanalyse_path(
             run, checkpoint=checkpoint, last=last, progress=lambda done, total: shown(f"{done} of {total} shards")
         )
     )

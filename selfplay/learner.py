@@ -153,7 +153,7 @@ class Learner:
             )
             found = phase.run(budget, schedule or Schedule(), progress)
         if traces:
-            found["staleness"] = sum(iteration - 1 - trace.policy_version for trace in traces) / len(traces)
+            found["trained_staleness"] = sum(iteration - 1 - trace.policy_version for trace in traces) / len(traces)
         return found
 
     def autocast(self) -> torch.autocast:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,16 @@ from mcts.policy import set_targets
 from mcts.tree import NO_PARENT, ROOT, Tree
 from mcts.types import Float32
 from selfplay import checkpoint as checkpoints
+from selfplay import heartbeat
 from selfplay.errors import UserError
-from selfplay.forward import fit, scores
+from selfplay.forward import check_logits, check_tree_mask, fit, scores
 from selfplay.items import depth_first, from_tree
 from selfplay.objectives.base import Models
 from selfplay.packing import Item, PackingError
-from selfplay.shards import ShardError, ShardExists, commit, iter_traces, list_shards, read_metadata, write_pending
+from selfplay.run_folder import RunFolder
+from selfplay.shards import ShardError, iter_traces, list_shards, read_metadata, shard_key, write_pending
 from selfplay.side_rows import KIND, SIDE_SCHEMA, side_path
+from selfplay.store import Store, guard
 from selfplay.traces import Trace
 from selfplay.tree_rows import Row, float32s, tree_of
 
@@ -198,40 +200,40 @@ def _name(settings: Mapping[str, Any], section: str) -> str | None:
     return found.get("name") if isinstance(found, Mapping) else None
 
 
-def rescore(run: Path, shard: Path, scorer: Scorer) -> Path:
-    """The side file of a committed shard of `run` by the scorer's weights, made where it does not exist yet.
+def rescore(store: Store, shard: Path, scorer: Scorer) -> bool:
+    """Make the side file of a committed shard of a run by the scorer's weights; False where it was there already.
 
     Two processes may do so at once: one of them commits. Raises ShardError for a damaged shard or side file, and for a
-    side file of this version by other weights.
+    side file of this version by other weights; RunError where the run cannot be written.
     """
     final = side_path(shard, scorer.version)
-    if not final.exists():
+    name = final.relative_to(store.root).as_posix()
+    made = False
+    if not store.pull(name).exists():
         told = read_metadata(shard)
         rows = scorer.rows(list(iter_traces(shard)))
         failed = [row["error"] for row in rows if row["error"] is not None]
         if failed:
             log.warning("%s: %d of %d traces could not be scored again: %s", shard, len(failed), len(rows), failed[0])
-        metadata = {name: told[name] for name in ("run_id", "config_hash")}
+        metadata = {key: told[key] for key in ("run_id", "config_hash")}
         metadata |= {"kind": KIND, "version": str(scorer.version), "weights": scorer.weights}
-        pending = run / "pending" / f"{KIND}-{scorer.version:05d}-{shard.parent.name}-{uuid.uuid4().hex}-{shard.name}"
-        write_pending(pending, rows, metadata, columns=SIDE_SCHEMA)
-        try:
-            commit(pending, final)
-        except ShardExists:
-            pending.unlink()
-    if read_metadata(final).get("weights") != scorer.weights:
+        scratch = store.scratch(name)
+        with guard(store):
+            write_pending(scratch, rows, metadata, columns=SIDE_SCHEMA, make_folder=False)
+        made = store.commit(store.offer(scratch), name)
+    if read_metadata(store.pull(name)).get("weights") != scorer.weights:
         raise ShardError(f"{final} was made with other weights than those of checkpoint {scorer.version}; delete it")
-    return final
+    return made
 
 
-def fresh_traces(run: Path, shards: Sequence[Path], scorer: Scorer) -> Iterator[Trace]:
+def fresh_traces(store: Store, shards: Sequence[Path], scorer: Scorer) -> Iterator[Trace]:
     """The traces of `shards`; those that other weights played are scored again first, shard by shard."""
     for shard in shards:
         traces = list(iter_traces(shard))
         if all(trace.policy_version == scorer.version for trace in traces):
             yield from traces
         else:
-            rescore(run, shard, scorer)
+            rescore(store, shard, scorer)
             yield from iter_traces(shard, reanalysed=scorer.version)
 
 
@@ -247,35 +249,46 @@ class Report:
     seconds: float
 
 
+Progress = Callable[[int, int], None]
+"""Called with the shards done and their number."""
+
+
+def reanalyse_path(
+    path: Path | str, *, checkpoint: int | None = None, last: int | None = None, progress: Progress | None = None
+) -> Report:
+    """`reanalyse_run` on a run that no driver holds; what its last driver said of itself is said again."""
+    home = Path(path) / heartbeat.FILE
+    told = heartbeat.parse(home.read_text(encoding="utf-8") if home.exists() else None)
+    run = RunFolder.open(path)
+    try:
+        return reanalyse_run(run, checkpoint=checkpoint, last=last, progress=progress)
+    finally:
+        state = told.pop("state", "interrupted")
+        run.heartbeat(**{name: fact for name, fact in told.items() if name not in heartbeat.OWN})
+        run.close("interrupted" if state == "running" else state)
+
+
 def reanalyse_run(
-    run: Path,
+    run: RunFolder,
     *,
     checkpoint: int | None = None,
     last: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Score a run's committed shards again with the weights of a checkpoint, the newest by default; those of the `last`
-    iterations only, where given. A run that is going on may be reanalysed meanwhile. Raises UserError, ShardError,
-    CheckpointError."""
-    from selfplay.config import load_config
-    from selfplay.forward import check_logits, check_tree_mask
-    from selfplay.shards import shard_key
-
+    iterations only, where given. Raises UserError, ShardError, CheckpointError, RunError."""
     began = time.perf_counter()
-    run = run.absolute()
-    if not (run / "run.json").exists():
-        raise UserError(f"{run} holds no run (no run.json); give the folder that `selfplay launch` named")
-    config = load_config(run / "config.yaml")
-    version = checkpoints.latest(run / "checkpoints") if checkpoint is None else checkpoint
+    config = run.config
+    version = checkpoints.latest(run.checkpoints) if checkpoint is None else checkpoint
     if version is None:
-        raise UserError(f"{run} has no checkpoint yet; wait for its warm-up or `selfplay resume {run}`")
-    if version not in (kept := checkpoints.existing(run / "checkpoints")):
-        raise UserError(f"{run} has no checkpoint {version}; it keeps {', '.join(map(str, kept))}")
-    shards = list_shards(run)
+        raise UserError(f"{run.path} has no checkpoint yet; `selfplay resume` it first")
+    if version not in (kept := checkpoints.existing(run.checkpoints)):
+        raise UserError(f"{run.path} has no checkpoint {version}; it keeps {', '.join(map(str, kept))}")
+    shards = list_shards(run.path)
     if last is not None and shards:
         newest = shard_key(shards[-1])[0]
-        shards = list_shards(run, first=newest - last + 1)
-    folder = checkpoints.path_of(run / "checkpoints", version)
+        shards = list_shards(run.path, first=newest - last + 1)
+    folder = checkpoints.path_of(run.checkpoints, version)
     model = config.model
     policy, _, _ = checkpoints.load(folder, device=model.device, dtype=model.dtype, attn=model.attention, merge=False)
     policy.model.eval()
@@ -293,8 +306,7 @@ def reanalyse_run(
     scorer = Scorer(models, version, checkpoints.weights_digest(folder), threads)
     made = 0
     for done, shard in enumerate(shards, start=1):
-        made += not side_path(shard, version).exists()
-        rescore(run, shard, scorer)
+        made += rescore(run.store, shard, scorer)
         if progress is not None:
             progress(done, len(shards))
     return Report(version, len(shards), made, time.perf_counter() - began)

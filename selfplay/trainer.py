@@ -21,6 +21,7 @@ from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.reanalyse import Scorer, fresh_traces
 from selfplay.shards import iter_traces
+from selfplay.store import Place, guard
 from selfplay.traces import Trace
 from selfplay.worker import stream_seed
 
@@ -33,9 +34,9 @@ class Trainer:
     """Holds the policy that learns. Each phase is a function of the config, the weights at its start and the shards
     it is given, so a phase that died is done again from the last checkpoint with the same result."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self.config = config
-        self.run = run
+        self.store = place.open()
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
         self._version: int | None = None
@@ -46,6 +47,9 @@ class Trainer:
         if self._learner is None:
             raise RuntimeError("warm up or restore a checkpoint before learning")
         return self._learner
+
+    def stop(self) -> None:
+        """Nothing yet."""
 
     def _new_learner(self, policy: Policy, reference: Policy | None) -> Learner:
         config = self.config
@@ -123,10 +127,10 @@ class Trainer:
             return [trace for shard in shards for trace in iter_traces(shard)]
         if self._version is None:
             raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
-        weights = checkpoints.weights_digest(checkpoints.path_of(self.run / "checkpoints", self._version))
+        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
         settings = self.learner.settings
         threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
-        return list(fresh_traces(self.run, shards, Scorer(self.learner.models, self._version, weights, threads)))
+        return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))
 
     def _run(
         self,
@@ -177,8 +181,7 @@ class Trainer:
         if model.path is not None:
             policy = load_policy(model.path, device=model.device, dtype=model.dtype, attn=model.attention)
         else:
-            folder = self.run / "pending" / "fresh"
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = self.store.workshop("fresh")
             build_fresh_model(folder, self.task.vocabulary(), model.fresh, seed=self.config.seed)
             policy = load_policy(folder, device=model.device, dtype=model.dtype, attn=model.attention)
             shutil.rmtree(folder)
@@ -202,7 +205,7 @@ class Trainer:
         )
         reference = None
         if self._has_kl:
-            first = checkpoints.path_of(self.run / "checkpoints", 0)
+            first = checkpoints.path_of(self.store.root / "checkpoints", 0)
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         self._version = int(checkpoint.name)
@@ -210,10 +213,12 @@ class Trainer:
             self._learner.load_state_dict(optimizer)
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError."""
+        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError, RunError."""
         learner = self.learner
-        folder = self.run / "checkpoints"
-        saved = checkpoints.save(folder, iteration, learner.policy, learner.state_dict(), state)
+        with guard(self.store):
+            building = self.store.workshop(f"{iteration:05d}")
+            checkpoints.write(building, iteration, learner.policy, learner.state_dict(), state)
+        saved = self.store.publish(building, f"checkpoints/{iteration:05d}")
         self._version = iteration
         return saved
 

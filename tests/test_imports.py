@@ -113,7 +113,7 @@ def test_rooms_of_selfplay_import_nothing_from_higher_floors(module: str) -> Non
     floor = SELFPLAY_FLOORS.get(room)
     for name in imports(ALL[module]):
         if name.split(".")[0] == "ray":
-            assert room == "cluster", f"{module} imports ray; only selfplay/cluster.py may"
+            assert room == "cluster", f"{module} imports ray; only selfplay/cluster/ may"
         target = known(name, ALL)
         if floor is None or target is None or not target.startswith("selfplay."):
             continue

@@ -241,6 +241,6 @@ def test_the_learner_reports_ratios_where_they_are_used_and_how_stale_its_traces
     found = Learner(policy, Sft(importance="step", importance_cap=8.0), settings).learn(4, traces, Budget(steps=1))
     assert found["importance_ratio"] == pytest.approx(2.0, rel=1e-3)
     assert found["importance_capped"] == 0.0
-    assert found["staleness"] == (0 + 1 + 1 + 3) / 4
+    assert found["trained_staleness"] == (0 + 1 + 1 + 3) / 4
     plain = Learner(tiny_policy(), Sft(), settings).learn(4, traces, Budget(steps=1))
     assert "importance_ratio" not in plain

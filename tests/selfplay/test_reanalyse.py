@@ -21,8 +21,9 @@ from mcts.tree import Tree
 from mcts.types import Problem, SearchResult, Status, Verdict
 from selfplay.objectives import Models
 from selfplay.reanalyse import Scorer, back_up, fresh_traces, rescore, retarget, side_nodes
-from selfplay.shards import ShardError, ShardExists, commit, iter_batches, iter_traces, shard_path, write_pending
+from selfplay.shards import ShardError, commit, iter_batches, iter_traces, shard_path, write_pending
 from selfplay.side_rows import find_side, join, side_path
+from selfplay.store import Fenced, Place, Store
 from selfplay.traces import Trace, from_row, to_row
 from selfplay.tree_rows import nodes_of, tree_of
 from tests.mcts.toy import ToyTask, problem
@@ -226,6 +227,12 @@ def test_targets_of_another_rule_are_left_alone() -> None:
     assert all(math.isnan(target) for target in new.target)
 
 
+def store_of(run: Path) -> Store:
+    """A store on a bare folder, as the driver that holds it would have it."""
+    (run / "pending" / "epoch-00001").mkdir(parents=True, exist_ok=True)
+    return Place(str(run), "run-1", 1).open()
+
+
 def write_shard(run: Path, results: list[SearchResult], iteration: int = 1, part: int = 0) -> Path:
     pending, final = run / "pending" / "p.arrow", shard_path(run, iteration, part)
     write_pending(pending, [to_row(r, context(iteration=iteration)) for r in results], METADATA)
@@ -241,14 +248,15 @@ def test_a_side_file_is_made_once_and_joined_to_its_traces(tmp_path: Path) -> No
     assert [t.trace_id for t in iter_traces(tmp_path, reanalysed="latest")] == [t.trace_id for t in iter_traces(shard)]
     with pytest.raises(ShardError, match="was not scored by checkpoint 7"):
         list(iter_traces(tmp_path, reanalysed=7))
-    side = rescore(tmp_path, shard, scorer_of(newer))
+    assert rescore(store_of(tmp_path), shard, scorer_of(newer)) is True
+    side = side_path(shard, 7)
     assert side == tmp_path / "reanalysis" / "version=00007" / "iteration=00001" / "part-00000.arrow"
     content = side.read_bytes()
-    assert rescore(tmp_path, shard, scorer_of(policy_of(2))) == side  # it is there: nothing is computed
+    assert rescore(store_of(tmp_path), shard, scorer_of(policy_of(2))) is False  # it is there: nothing is computed
     assert side.read_bytes() == content
     assert shard.read_bytes() == before
-    assert list((tmp_path / "pending").iterdir()) == []
-    rescore(tmp_path, shard, scorer_of(policy_of(2), 12))
+    assert list((tmp_path / "pending" / "epoch-00001").iterdir()) == []
+    rescore(store_of(tmp_path), shard, scorer_of(policy_of(2), 12))
     stored = list(iter_traces(tmp_path))
     for version, wanted in ((7, newer), ("latest", policy_of(2))):
         rows = scorer_of(wanted).rows(stored)
@@ -275,9 +283,10 @@ def test_a_joined_step_keeps_the_log_probabilities_of_its_drawing() -> None:
 def test_a_damaged_or_foreign_side_file_is_refused(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, played(policy_of(0)))
     other = write_shard(tmp_path, played(policy_of(1), "gumbel"), part=1)
-    side = rescore(tmp_path, shard, scorer_of(policy_of(1)))
+    rescore(store_of(tmp_path), shard, scorer_of(policy_of(1)))
+    side = side_path(shard, 7)
     with pytest.raises(ShardError, match="made with other weights than those of checkpoint 7; delete it"):
-        rescore(tmp_path, shard, scorer_of(policy_of(2), weights="xyz"))
+        rescore(store_of(tmp_path), shard, scorer_of(policy_of(2), weights="xyz"))
     side_path(other, 7).write_bytes(side.read_bytes())
     with pytest.raises(ShardError, match=r"does not belong to shard .*part-00001"):
         list(iter_traces(other, reanalysed=7))
@@ -290,19 +299,28 @@ def test_a_damaged_or_foreign_side_file_is_refused(tmp_path: Path) -> None:
 
 def test_of_two_that_score_a_shard_at_once_one_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = write_shard(tmp_path, played(policy_of(0)))
-    scorer = scorer_of(policy_of(1))
+    scorer, first, second = scorer_of(policy_of(1)), store_of(tmp_path), store_of(tmp_path)
+    offer, faster = first.offer, []
 
-    def overtaken(pending: Path, final: Path) -> bool:
-        monkeypatch.undo()
-        rescore(tmp_path, shard, scorer)
-        with pytest.raises(ShardExists):
-            commit(pending, final)
-        raise ShardExists("it was faster")
+    def overtaken(scratch: Path) -> str:
+        faster.append(rescore(second, shard, scorer))
+        return offer(scratch)
 
-    monkeypatch.setattr("selfplay.reanalyse.commit", overtaken)
-    side = rescore(tmp_path, shard, scorer)
-    assert sum(batch.num_rows for batch in iter_batches(side)) == 4
-    assert list((tmp_path / "pending").iterdir()) == []
+    monkeypatch.setattr(first, "offer", overtaken)
+    assert rescore(first, shard, scorer) is False
+    assert faster == [True]
+    assert sum(batch.num_rows for batch in iter_batches(side_path(shard, 7))) == 4
+    assert list((tmp_path / "pending" / "epoch-00001").iterdir()) == []
+
+
+def test_a_stale_driver_writes_no_side_file(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path, played(policy_of(0)))
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    store = store_of(tmp_path)
+    (tmp_path / "pending" / "epoch-00001").rename(tmp_path / "pending" / "epoch-00002")
+    with pytest.raises(Fenced, match="was taken over by another driver"):
+        rescore(store, shard, scorer_of(policy_of(1)))
+    assert not side_path(shard, 7).exists()
 
 
 def test_a_tree_that_cannot_be_scored_says_why_and_stays_as_it_is(
@@ -312,7 +330,7 @@ def test_a_tree_that_cannot_be_scored_says_why_and_stays_as_it_is(
     results[1].tree.context[2] = (1,)
     shard = write_shard(tmp_path, results)
     with caplog.at_level(logging.WARNING):
-        rescore(tmp_path, shard, scorer_of(policy_of(1)))
+        rescore(store_of(tmp_path), shard, scorer_of(policy_of(1)))
     assert "1 of 4 traces could not be scored again: node 2 was conditioned" in caplog.text
     stored, joined = list(iter_traces(shard)), list(iter_traces(shard, reanalysed=7))
     assert joined[1].row == stored[1].row
@@ -321,10 +339,10 @@ def test_a_tree_that_cannot_be_scored_says_why_and_stays_as_it_is(
 
 def test_only_traces_of_older_weights_are_scored_again(tmp_path: Path) -> None:
     shards = [write_shard(tmp_path, played(policy_of(0)), iteration) for iteration in (1, 2)]
-    same = list(fresh_traces(tmp_path, shards, scorer_of(policy_of(0), version=0)))
+    same = list(fresh_traces(store_of(tmp_path), shards, scorer_of(policy_of(0), version=0)))
     assert [t.row for t in same] == [t.row for t in iter_traces(tmp_path)]
     assert not (tmp_path / "reanalysis").exists()
-    fresh = list(fresh_traces(tmp_path, shards, scorer_of(policy_of(1), version=1)))
+    fresh = list(fresh_traces(store_of(tmp_path), shards, scorer_of(policy_of(1), version=1)))
     assert [t.value_version for t in fresh] == [1] * 8
     assert all(side_path(shard, 1).exists() for shard in shards)
 

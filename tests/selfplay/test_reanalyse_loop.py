@@ -12,7 +12,7 @@ import pytest
 from selfplay import cli
 from selfplay.executor import InlineExecutor
 from selfplay.loop import Loop
-from selfplay.reanalyse import reanalyse_run
+from selfplay.reanalyse import reanalyse_path
 from selfplay.run_folder import RunFolder, read_metrics
 from selfplay.shards import iter_traces, list_shards
 from selfplay.side_rows import side_path
@@ -22,12 +22,12 @@ SETTINGS = ("learn.objective={name: alphazero, value_mix: 0.5}", "learn.window=2
 
 
 def go(run: RunFolder) -> None:
-    executor = InlineExecutor(run.config, run.path)
+    executor = InlineExecutor(run.config, run.place)
     try:
         Loop(run, executor, lambda _: None).go()
     finally:
         executor.close()
-        run.close()
+        run.close("ended")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_window_is_scored_by_the_weights_that_learn_and_how_stale_it_was_is_
     assert sorted(contents(run / "reanalysis", "*")) == [
         str(side_path(s, 1).relative_to(run / "reanalysis")) for s in first
     ]
-    assert [row.get("staleness") for row in read_metrics(run)] == [None, 0.0, 0.5]
+    assert [row.get("trained_staleness") for row in read_metrics(run)] == [None, 0.0, 0.5]
     assert list((run / "pending").iterdir()) == []
 
 
@@ -70,7 +70,7 @@ def test_a_phase_done_again_gives_the_same_bits_whatever_was_left_of_it(run: Pat
     sides = sorted((killed / "reanalysis").rglob("*.arrow"))
     for side in {"all": [], "some": sides[1:], "none": sides}[kept]:
         side.unlink()
-    (killed / "pending" / "reanalysis-torn.arrow").write_bytes(b"half")
+    (killed / "pending" / "torn.arrow").write_bytes(b"half")
     go(RunFolder.open(killed))
     for folder, pattern in (("checkpoints", "*.safetensors"), ("reanalysis", "*.arrow")):
         assert contents(killed / folder, pattern) == contents(run / folder, pattern)
@@ -97,14 +97,15 @@ def test_the_command_scores_a_run_once(
     assert err.splitlines()[-1] == "3 of 3 shards"
     assert json.loads(command(copy, "--json")[1])["made"] == 3  # those of iteration 1
     assert "made: 0" in command(copy)[1]
+    assert json.loads((copy / "heartbeat.json").read_text(encoding="utf-8"))["state"] == "ended"
     assert {trace.value_version for trace in iter_traces(copy, reanalysed="latest")} == {2}
     assert {trace.value_version for trace in iter_traces(copy, reanalysed=2)} == {2}
-    assert reanalyse_run(copy, checkpoint=1).made == 3  # the phase left the other half
+    assert reanalyse_path(copy, checkpoint=1).made == 3  # the phase left the other half
     code, _, err = command(copy, "--checkpoint", 9)
     assert (code, err) == (2, f"error: {copy} has no checkpoint 9; it keeps 0, 1, 2\n")
     code, _, err = command(tmp_path)
     assert (code, err) == (
-        2,
+        1,
         f"error: {tmp_path} holds no run (no run.json); give the folder that `selfplay launch` named\n",
     )
 
@@ -113,6 +114,6 @@ def test_the_command_and_the_phase_write_the_same_bytes(run: Path, tmp_path: Pat
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "reanalysis")
-    reanalyse_run(copy, checkpoint=1)
+    reanalyse_path(copy, checkpoint=1)
     wanted = contents(run / "reanalysis", "*.arrow")
     assert wanted.items() <= contents(copy / "reanalysis", "*.arrow").items()

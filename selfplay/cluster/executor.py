@@ -1,0 +1,226 @@
+"""The executor on Ray: a supervised fleet of workers, and the learners, driven from one thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from selfplay.cluster.learners import Learners
+from selfplay.cluster.nodes import Nodes, connect
+from selfplay.cluster.proof import prove
+from selfplay.cluster.weights import Weights, publish
+from selfplay.cluster.workers import RayFleet
+from selfplay.config import Config
+from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.executor import Done, Learned, Progress
+from selfplay.fleet import Evaluated
+from selfplay.run_folder import RunError
+from selfplay.store import Place
+from selfplay.supervisor import Complete, Supervisor
+from selfplay.units import join
+from selfplay.worker import EvaluationJob, Unit
+
+log = logging.getLogger(__name__)
+PROGRESS_SECONDS = 0.5
+EVENTS_KEPT = 20
+"""Lines about what failed that `status` shows."""
+
+
+class RayExecutor:
+    """Workers and learners as actors of a Ray of its own, or of a cluster that it joins."""
+
+    def __init__(self, config: Config, place: Place) -> None:
+        self._config = config
+        self._place = place
+        self._store = place.open()
+        self._lately: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        connect(config)
+        self._nodes = Nodes(config)
+        prove(self._nodes, self._store)
+        self._fleet = RayFleet(config, place, self._nodes)
+        cluster = config.cluster
+        self._supervisor = Supervisor(
+            self._fleet,
+            time.monotonic,
+            restarts=cluster.restarts,
+            lease_seconds=cluster.lease_seconds,
+            silence_seconds=cluster.silence_seconds,
+            deaths_alone=cluster.deaths_alone,
+            note=self._note,
+        )
+        self._published: dict[int, Weights] = {}
+        self._learners = Learners(config, place)
+        self._learner_deaths = 0
+        self._at: Path | None = None
+        """Checkpoint that the learners begin from after a restart; None: from the config."""
+        self._phase: Callable[[], Any] | None = None
+        self._call: Any = None
+        self._progress: Progress | None = None
+        self._asked = 0.0
+        self._stopping = False
+
+    @property
+    def learning(self) -> bool:
+        return self._phase is not None
+
+    def _note(self, line: str) -> None:
+        self._lately.append({"time": time.time(), "line": line})
+
+    def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
+        if version not in self._published:
+            if self._config.engine.kind == "server":  # a server reads the folder itself
+                weights = Weights(version, self._place.run_id, 0, (), checkpoint)
+            else:
+                weights = publish(checkpoint, version, self._place.run_id)
+            self._fleet.publish(weights)
+            self._published = {version: weights}
+        if play:
+            self._supervisor.version = version
+
+    def submit(self, work: Unit | EvaluationJob) -> None:
+        self._supervisor.submit(work)
+
+    def warm_up(self, progress: Progress) -> None:
+        self._begin(lambda: self._learners.warm_up(), progress)
+
+    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
+        self._begin(lambda: self._learners.learn(iteration, shards), progress)
+
+    def _begin(self, phase: Callable[[], Any], progress: Progress) -> None:
+        if self._config.cluster.by_turns:
+            self._fleet.rest()
+        self._phase, self._progress, self._call = phase, progress, phase()
+
+    def poll(self, seconds: float) -> list[Done]:
+        done: list[Done] = []
+        if self._stopping and self._call is not None:
+            self._stopping = False
+            self._learners.stop()
+        for found in self._supervisor.poll(0.0 if self._learning_is_done() else min(seconds, PROGRESS_SECONDS)):
+            match found:
+                case Complete():
+                    done.append(join(self._store, self._config, found))
+                case Evaluated():
+                    done.append(found)
+        strays, self._supervisor.strays[:] = list(self._supervisor.strays), []
+        for stray in strays:
+            self._store.remove(stray)
+        if self._learning_is_done():
+            learned = self._take_learned()
+            if learned is not None:
+                done.append(learned)
+        elif self._call is not None:
+            self._show_progress()
+        return done
+
+    def _learning_is_done(self) -> bool:
+        return self._call is not None and bool(ray.wait([self._call], timeout=0)[0])
+
+    def _take_learned(self) -> Learned | None:
+        """What came of the phase; None where the learners died and it was begun again."""
+        call, self._call = self._call, None
+        try:
+            return Learned(ray.get(call))
+        except RayTaskError as error:
+            if isinstance(error.cause, NonFiniteLoss | Interrupted):
+                self._phase = None
+                return Learned({}, error.cause)
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except RayError as error:
+            assert self._phase is not None
+            self._revive(error)
+            self._call = self._phase()
+            return None
+
+    def _revive(self, error: Exception) -> None:
+        """Learners anew, on the checkpoint that the dead ones began from; within the budget of restarts."""
+        if self._supervisor.restarts_left <= 0:
+            raise RunError(
+                "learners keep dying and the budget cluster.restarts is used up; see Ray's logs, then `selfplay resume`"
+            ) from error
+        self._supervisor.restarts_left -= 1
+        self._supervisor.counts.restarts += 1
+        line = (
+            f"a learner died ({str(error).splitlines()[0][:160]}); it starts again from "
+            f"{'the beginning' if self._at is None else f'checkpoint {self._at.name}'} or what the phase saved since; "
+            f"{self._supervisor.restarts_left} restarts left"
+        )
+        log.warning(line)
+        self._note(line)
+        self._learners.restart()
+        if self._at is not None:
+            self._answer(lambda: self._learners.restore(self._at))
+
+    def _answer(self, call: Callable[[], Any]) -> Any:
+        """The result of a short learner call, made again where the learners die under it."""
+        while True:
+            try:
+                return ray.get(call())
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except RayError as error:
+                self._revive(error)
+
+    def _show_progress(self) -> None:
+        now = time.monotonic()
+        if self._progress is None or now - self._asked < PROGRESS_SECONDS:
+            return
+        self._asked = now
+        found = self._learners.progress()
+        if found is not None:
+            self._progress(*found)
+
+    def restore(self, checkpoint: Path) -> None:
+        self._at = checkpoint
+        self._answer(lambda: self._learners.restore(checkpoint))
+
+    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+        """A learner that dies before its weights are saved takes them along: the phase is done again then."""
+        while True:
+            try:
+                path: Path = ray.get(self._learners.save(iteration, state))
+                break
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except RayError as error:
+                self._revive(error)
+                if self._phase is not None:
+                    self._answer(self._phase)
+        self._at = path
+        self._phase = None
+        if self._config.cluster.by_turns:
+            self._learners.rest()
+        return path
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def facts(self) -> dict[str, Any]:
+        counts = self._supervisor.counts
+        return {
+            "workers": {"alive": self._supervisor.alive, "wanted": self._fleet.wanted()},
+            "restarts": counts.restarts,
+            "restarts_left": self._supervisor.restarts_left,
+            "leases_lost": counts.leases_lost,
+            "failed_problems": counts.failed_problems,
+            "events": list(self._lately),
+        }
+
+    def costs(self) -> dict[str, float]:
+        fetched, self._fleet.fetched[:] = list(self._fleet.fetched), []
+        return {
+            "broadcast_bytes": float(sum(one.bytes for one in fetched)),
+            "broadcast_seconds": max((one.seconds for one in fetched), default=0.0),
+        }
+
+    def close(self) -> None:
+        self._fleet.close()
+        self._learners.kill()
+        ray.shutdown()

@@ -1,0 +1,147 @@
+"""Where a run is kept, seen from any process on any node: one folder layout, on a disk or in object storage.
+
+A `Place` is a small picklable value; `Place.open` gives a `Store`, through which every write of a driver or of a worker
+goes. Writes are fenced by the epoch, the number of drivers that have held the run: once another driver took it over, a
+write of the one before, or of its workers, raises `Fenced` and has changed nothing. docs/STORAGE.md says how.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+PENDING = "pending"
+
+
+class RunError(RuntimeError):
+    """A run that cannot be read or written; the message is one sentence that says what to do."""
+
+
+class Fenced(RunError):
+    """This process's epoch is over: another driver holds the run, or its own has ended. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Names a run and the driver that holds it."""
+
+    url: str
+    """Absolute path of a folder, or s3://bucket/prefix."""
+    run_id: str
+    epoch: int
+    """The writer's; from 1."""
+
+    def open(self) -> Store:
+        """A store on this node."""
+        from selfplay.store_disk import DiskStore
+
+        return DiskStore(self)
+
+
+class Store(Protocol):
+    """One run, from one node, for one epoch. Names are relative to the run, with slashes. Safe for several threads."""
+
+    place: Place
+    root: Path
+    """A folder on this node in the layout of the run: the run folder itself, or a mirror of it."""
+
+    def pull(self, name: str) -> Path:
+        """Bring `root` up to date below `name` (a folder or a file); its path, whether it exists or not. Nothing to do
+        on a disk. Raises RunError."""
+        ...
+
+    def scratch(self, name: str) -> Path:
+        """Path for a new file of this process's own, called like `name`, that `offer` takes. Its folder exists as long
+        as the epoch lasts: never create it."""
+        ...
+
+    def workshop(self, name: str) -> Path:
+        """Path for a new folder of this process's own, called like `name`, that `publish` takes."""
+        ...
+
+    def offer(self, scratch: Path) -> str:
+        """Hand a finished scratch file over to the driver; its name, for `commit`. Raises RunError."""
+        ...
+
+    def commit(self, pending: str, name: str) -> bool:
+        """Give an offered shard its final name, exactly once, after verifying it. True: this call did. False: the unit
+        was committed before, by this or by another file. The pending file goes away. For the driver alone. Raises
+        ShardError for a damaged or missing one, RunError where it cannot be written."""
+        ...
+
+    def publish(self, folder: Path, name: str) -> Path:
+        """Give a finished, synced folder its final name, whole or not at all; one that has the name is replaced. Its
+        path below `root`. Raises RunError; `folder` is gone then."""
+        ...
+
+    def put(self, name: str, content: str | bytes, *, sync: bool = True) -> None:
+        """Replace a small document as a whole: a reader sees the old or the new one. Without `sync` it may not survive
+        a power cut. Raises RunError."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder; gone at once for readers. Nothing to do where there is none. Raises RunError."""
+        ...
+
+    def check(self) -> None:
+        """Raise Fenced where this epoch is over, RunError where the run cannot be seen."""
+        ...
+
+    def close(self) -> None:
+        """The driver's last act: its epoch is over, and what was pending is deleted."""
+        ...
+
+
+@contextmanager
+def guard(store: Store) -> Iterator[None]:
+    """What fails inside because the run was taken over meanwhile is raised as Fenced."""
+    try:
+        yield
+    except Fenced:
+        raise
+    except Exception:
+        store.check()
+        raise
+
+
+def unique(name: str) -> str:
+    """The last part of `name` with a random middle: `part-00001.arrow` -> `part-00001.1f0c....arrow`."""
+    path = PurePosixPath(name)
+    return f"{path.stem}.{uuid.uuid4().hex[:16]}{path.suffix}"
+
+
+class Home(Protocol):
+    """A run's place before a driver holds it: where `launch` and `resume` begin. Opening one takes the lock that keeps
+    drivers on one host apart, where there is one."""
+
+    url: str
+
+    def read(self, name: str) -> str | None:
+        """A small document as it is now; None where there is none. Raises RunError."""
+        ...
+
+    def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
+        """A new run with the facts of its run.json, which is written last. Raises RunError where there is one, or
+        anything else, or where it cannot be written."""
+        ...
+
+    def take_over(self, facts: dict[str, Any]) -> Store:
+        """The next epoch begins: all writers of the ones before are fenced from here on. `facts["epoch"]` is set to
+        it and run.json replaced. Raises RunError where another driver does the same right now."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        ...
+
+
+def open_home(url: str, *, create: bool) -> Home:
+    """The home at a folder or URL; with `create` it may be new. Raises RunError: no run there, in use, not
+    writable."""
+    from selfplay.store_disk import DiskHome
+
+    return DiskHome(Path(url), create=create)
