@@ -23,8 +23,10 @@ from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.partial import PARTIAL, Partial, identity
+from selfplay.reanalyse import Scorer, fresh_traces
 from selfplay.shards import iter_traces
 from selfplay.store import Place, guard, on_this_node
+from selfplay.traces import Trace
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -47,6 +49,8 @@ class Trainer:
         self._stop = threading.Event()
         self._resting = False
         self._base = ""
+        self._version: int | None = None
+        """Checkpoint that holds the learner's weights; None while they are on none."""
         """Which weights the learner holds between two phases."""
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
@@ -138,7 +142,8 @@ class Trainer:
         shards = [self.store.root / shard for shard in shards]
         partial = Partial.of(config, iteration, self._base, shards)
         traces: list[Any] = []
-        agree(self.group, lambda: traces.extend(trace for shard in shards for trace in iter_traces(shard)))
+        agree(self.group, lambda: traces.extend(self._traces(shards)))
+        self._version = None
         return self._run(
             partial,
             self._pick_up(partial),
@@ -151,6 +156,17 @@ class Trainer:
             purpose="learn",
             items_per_step=config.learn.items_per_step,
         )
+
+    def _traces(self, shards: Sequence[Path]) -> list[Trace]:
+        """What the phase learns from. Side files are committed once, so a phase done again reads the same."""
+        if not self.config.learn.reanalyse:
+            return [trace for shard in shards for trace in iter_traces(shard)]
+        if self._version is None:
+            raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
+        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
+        settings = self.learner.settings
+        threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
+        return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))
 
     def _run(
         self,
@@ -258,6 +274,7 @@ class Trainer:
         if optimizer is not None:
             self._learner.load_state_dict(optimizer)
         self._base = identity(on_this_node(self.store, checkpoint))
+        self._version = int(checkpoint.name)
 
     def _load(self, checkpoint: Path) -> tuple[Policy, dict[str, Any] | None]:
         model = self.config.model
@@ -270,7 +287,8 @@ class Trainer:
         """Write the checkpoint of `iteration`; its folder. Raises CheckpointError, RunError."""
         self._write(f"checkpoints/{iteration:05d}", iteration, {}, state)
         checkpoint = self.store.pull(f"checkpoints/{iteration:05d}")
-        self._base = identity(on_this_node(self.store, checkpoint))
+        self._base = identity(checkpoint)
+        self._version = iteration
         return checkpoint
 
     def _write(self, name: str, iteration: int, beside: dict[str, Any], state: dict[str, Any]) -> None:
