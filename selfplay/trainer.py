@@ -20,7 +20,7 @@ from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.shards import iter_traces
-from selfplay.store import Place, guard
+from selfplay.store import Place, guard, on_this_node
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -103,7 +103,9 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        traces = [trace for shard in shards for trace in iter_traces(shard)]
+        for folder in {shard.parent for shard in shards}:
+            on_this_node(self.store, folder)
+        traces = [trace for shard in shards for trace in iter_traces(self.store.root / shard)]
         return self._run(
             iteration,
             traces,
@@ -185,11 +187,15 @@ class Trainer:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
         policy, optimizer, _ = checkpoints.load(
-            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention, merge=False
+            on_this_node(self.store, checkpoint),
+            device=model.device,
+            dtype=model.dtype,
+            attn=model.attention,
+            merge=False,
         )
         reference = None
         if self._has_kl:
-            first = checkpoints.path_of(self.store.root / "checkpoints", 0)
+            first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
