@@ -63,7 +63,7 @@ def fresh(config_file: Path, folder: Path, warmup_steps: int, overrides: Sequenc
     config = load_config(config_file, (*ONE_THREAD, *short, *overrides))
     run = RunFolder.create(folder, config)
     try:
-        trainer = Trainer(config, run.path)
+        trainer = Trainer(config, run.place)
         trainer.warm_up(lambda _done, _total, _facts: None)
         saved = trainer.save(0, {})
     finally:

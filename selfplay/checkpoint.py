@@ -12,11 +12,11 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 FORMAT = 1
+MEND = "restore the file, or delete the checkpoint's folder and `selfplay resume` goes on from the one before"
 _NAME = re.compile(r"\d{5,}")
 _CHUNK = 1 << 20
 
@@ -37,21 +38,18 @@ def path_of(checkpoints: Path, iteration: int) -> Path:
     return checkpoints / f"{iteration:05d}"
 
 
-def save(
-    checkpoints: Path, iteration: int, policy: Policy, optimizer: dict[str, Any] | None, state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `iteration` and return its folder; an earlier one of that number is replaced.
+def write(
+    building: Path, iteration: int, policy: Policy, optimizer: dict[str, Any] | None, state: dict[str, Any]
+) -> None:
+    """Write the checkpoint of `iteration` into the new folder `building`, whole and synced; `Store.publish` gives it
+    its name in a run.
 
     `optimizer` is a state dict of tensors and plain values; `state` is plain JSON. Raises CheckpointError where it
-    cannot be written; then nothing has changed.
+    cannot be written; nothing is left then.
     """
     from mcts.engines.model import save_policy
 
-    final = path_of(checkpoints, iteration)
-    building = checkpoints / f".{final.name}.new"
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        _remove(building)
         building.mkdir()
         save_policy(policy, building)
         if optimizer is not None:
@@ -66,6 +64,25 @@ def save(
             os.fsync(file.fileno())
         for folder in sorted({(building / name).parent for name in [*names, STATE]}):
             _sync(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # torch has no OSError of its own
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of iteration {iteration} cannot be written into {building}: {_reason(error)}; free space "
+            "or fix the folder, then `selfplay resume`"
+        ) from error
+
+
+def save(
+    checkpoints: Path, iteration: int, policy: Policy, optimizer: dict[str, Any] | None, state: dict[str, Any]
+) -> Path:
+    """`write` and name it, outside a run; its folder. An earlier one of that number is replaced. Raises
+    CheckpointError where it cannot be written; then nothing has changed."""
+    final = path_of(checkpoints, iteration)
+    building = checkpoints / f".{final.name}.new"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _remove(building)
+        write(building, iteration, policy, optimizer, state)
         if final.exists():  # left by a phase that is being done again
             old = checkpoints / f".{final.name}.old"
             _remove(old)
@@ -75,10 +92,16 @@ def save(
         else:
             building.rename(final)
         _sync(checkpoints)
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} cannot be written: {error}") from error
     return final
+
+
+def _reason(error: Exception) -> str:
+    """In one line, as short as it comes."""
+    strerror = getattr(error, "strerror", None)
+    return str(strerror or str(error).split("\n")[0].rstrip("."))
 
 
 def latest(checkpoints: Path) -> int | None:
@@ -104,13 +127,13 @@ def verify(checkpoint: Path) -> None:
     for name, entry in _manifest(checkpoint)["files"].items():
         path = checkpoint / name
         if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint} lacks {name}; restore the file or go back a checkpoint")
+            raise CheckpointError(f"checkpoint {checkpoint} lacks {name}; {MEND}")
         found = _entry(path)
         for what in ("size", "sha256"):
             if found[what] != entry[what]:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} is damaged: {name} has {what} {found[what]} instead of {entry[what]}; "
-                    "restore the file or go back a checkpoint"
+                    f"{MEND}"
                 )
 
 
@@ -138,19 +161,8 @@ def load_optimizer(checkpoint: Path, device: str = "cpu") -> dict[str, Any] | No
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; restore the file or go back a checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; {MEND}") from error
     return state
-
-
-def retain(checkpoints: Path, *, keep: int, needed: Collection[int] = ()) -> list[int]:
-    """Remove all checkpoints but the newest `keep` and those `needed`; the numbers removed."""
-    if keep < 1:
-        raise ValueError(f"at least one checkpoint must be kept, not {keep}")
-    numbers = existing(checkpoints)
-    gone = [n for n in numbers[:-keep] if n not in needed]
-    for number in gone:
-        _remove(path_of(checkpoints, number))
-    return gone
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {checkpoint}: it has no {STATE}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; go back a checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; {MEND}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; use the version that wrote it")
     return manifest

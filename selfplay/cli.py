@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -19,7 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 USAGE = 2
 MOST_SEED = (1 << 64) - 1
 
@@ -125,55 +123,11 @@ def resume(
 
 def _drive(run: Any) -> None:
     """Run the loop on an open run folder, showing what it does."""
-    from rich.console import Console
+    from selfplay.drive import drive
 
-    from selfplay.executor import make_executor
-    from selfplay.loop import Event, Loop
-    from selfplay.report import TensorBoard, Watch, draw_curve, final_table
-
-    console = Console()
-    board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
-    executor = make_executor(run.config, run.path)
-    try:
-        with Watch() as watch:
-
-            def both(event: Event) -> None:
-                watch(event)
-                board(event)
-
-            rows = Loop(run, executor, both).go()
-    except KeyboardInterrupt as interrupt:
-        message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.path)}"
-        print(message, file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from interrupt
-    finally:
-        executor.close()
-        board.close()
-        run.close()
-    draw_curve(rows, run.path / "curve.png")
-    shown = _shown(run.path)
-    console.print(final_table(rows))
-    console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
-    solve = f"solve {shown} {shlex.quote(_example(run.config))}"
-    for command in (f"inspect {shown} --sample 3", solve, f"evaluate {shown}"):
-        console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _shown(path: Path) -> Path:
-    """The path as a user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _example(config: Any) -> str:
-    """A held-out problem of the run's task, as `solve` takes it."""
-    from mcts.tasks import load_task
-
-    task: Any = load_task(config.task.name, **config.task.settings)
-    problem = task.problems("heldout")[0]
-    if hasattr(task, "typed"):  # a task whose prompt is more than what a user types
-        return str(task.typed(problem))
-    prompt = problem.prompt
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    code = drive(run)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")

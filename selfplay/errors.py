@@ -6,7 +6,7 @@ import sys
 
 from mcts.types import SettingError
 
-__all__ = ["NonFiniteLoss", "SettingError", "UserError", "known_errors"]
+__all__ = ["Interrupted", "NonFiniteLoss", "SettingError", "UserError", "known_errors"]
 
 
 class UserError(SettingError):
@@ -17,8 +17,12 @@ class NonFiniteLoss(RuntimeError):
     """The loss or its gradient was not a finite number; the weights are those before the step that failed."""
 
 
+class Interrupted(RuntimeError):
+    """A phase was asked to stop; what it had done so far is saved, and it goes on from there."""
+
+
 RUNTIME = (
-    ("selfplay.run_folder", "RunError"),
+    ("selfplay.store", "RunError"),
     ("selfplay.shards", "ShardError"),
     ("selfplay.checkpoint", "CheckpointError"),
     ("selfplay.errors", "NonFiniteLoss"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -135,16 +136,14 @@ def final_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The held-out curve as a PNG: pass@1 with its interval, pass@k beside it, against sampled tokens."""
+def draw_curve(rows: Sequence[dict[str, Any]]) -> bytes:
+    """The held-out curve as a PNG: pass@1 with its interval, pass@k beside it; empty where nothing was evaluated."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     scored = [row for row in rows if row.get("heldout_pass1") is not None]
-    if not scored:
-        return
     x = [row["iteration"] for row in scored]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     axes.fill_between(x, [r["heldout_low"] for r in scored], [r["heldout_high"] for r in scored], alpha=0.2)
@@ -155,8 +154,10 @@ def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="iteration (0 = after warm-up)", ylabel="share of held-out problems", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
     pyplot.close(figure)
+    return image.getvalue()
 
 
 class TensorBoard:

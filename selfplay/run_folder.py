@@ -1,73 +1,55 @@
-"""The run folder on disk (DESIGN.md, section 7): who may write to it, what it says of itself, its metrics."""
+"""The run folder (DESIGN.md, section 7): who may write to it, what it says of itself, its metrics."""
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
-import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from selfplay.config import Config, ConfigError, load_config, parse_config
+from selfplay.config import Config, ConfigError, parse_config
+from selfplay.heartbeat import Heartbeat, State, refuse_living
+from selfplay.retention import resume_points
+from selfplay.shards import trace_ages
+from selfplay.store import Home, Place, RunError, Store, checkpoint_numbers, open_home
 
-TIMING_COLUMNS = ("wall_seconds", "play_seconds", "learn_seconds", "evaluate_seconds", "tokens_per_second")
+__all__ = ["PACKAGES", "TIMING_COLUMNS", "RunError", "RunFolder", "read_metrics"]
+
+TIMING_COLUMNS = (
+    "wall_seconds",
+    "play_seconds",
+    "learn_seconds",
+    "evaluate_seconds",
+    "tokens_per_second",
+    "broadcast_bytes",
+    "broadcast_seconds",
+)
 """Columns of metrics.jsonl that may differ between a run and its repetition."""
 
 PACKAGES = ("mcts-selfplay", "torch", "transformers", "ray", "numpy", "pyarrow")
 
 
-class RunError(RuntimeError):
-    """A run folder that cannot be used; the message is one sentence that says what to do."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` such that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 class RunFolder:
-    """One run on disk. Open it with `create` or `open`; `close` (or the end of the process) frees it.
-
-    A lock held by the operating system keeps two drivers apart on one host; it dies with its process, so a killed
-    run needs no cleaning up. `epoch` counts the drivers that have held the run.
+    """One run, held by this process as its driver. Open it with `create` or `open`; `close` frees it, and so does the
+    end of the process: a killed run needs no cleaning up. Every write goes through `store`.
     """
 
-    def __init__(self, path: Path, config: Config, lock: IO[str], facts: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, home: Home, store: Store, config: Config, facts: dict[str, Any]) -> None:
+        self._home = home
+        self.store = store
         self.config = config
-        self._lock = lock
         self.facts = facts
-        self._clean_pending()
+        self.path = store.root
+        self._heartbeat = Heartbeat(store)
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> RunFolder:
+    def create(cls, path: Path | str, config: Config) -> RunFolder:
         """A new run. Raises RunError where the folder already holds one or cannot be written."""
-        path = path.absolute()
+        home = open_home(str(path), create=True)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot create run folder {path}: {error.strerror}; choose another --run-dir") from error
-        lock = cls._hold(path)
-        try:
-            if (path / "run.json").exists():
-                raise RunError(
-                    f"{path} already holds a run; continue it with `selfplay resume {path}` or choose another --run-dir"
-                )
-            if any(entry.name != "lock" for entry in path.iterdir()):
-                raise RunError(f"{path} is not empty and holds no run; choose another --run-dir")
-            for name in ("checkpoints", "traces", "pending", "tensorboard"):
-                (path / name).mkdir()
-            write_atomically(path / "config.yaml", config.to_yaml())
             facts = {
                 "id": uuid.uuid4().hex,
                 "epoch": 1,
@@ -75,76 +57,58 @@ class RunFolder:
                 "created": time.time(),
                 "packages": _packages(),
             }
-            write_atomically(path / "run.json", json.dumps(facts, indent=1))
-            return cls(path, config, lock, facts)
+            store = home.create(facts, {"config.yaml": config.to_yaml()})
+            return cls(home, store, config, facts)
         except BaseException:
-            lock.close()
+            home.release()
             raise
 
     @classmethod
     def open(
-        cls, path: Path, overrides: Sequence[str] = (), check: Callable[[Config], None] = lambda _: None
+        cls, path: Path | str, overrides: Sequence[str] = (), check: Callable[[Config], None] = lambda _: None
     ) -> RunFolder:
         """An existing run, to be continued. Overrides are kept as the run's new config; the old one stays beside
         it. `check` judges the new config before anything is written. Raises RunError where there is no run or another
         process holds it, ConfigError for a bad override."""
-        path = path.absolute()
-        if not (path / "run.json").exists():
-            raise RunError(f"{path} holds no run (no run.json); give the folder that `selfplay launch` named")
-        lock = cls._hold(path)
+        home = open_home(str(path), create=False)
         try:
-            try:
-                facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-                facts["epoch"] += 0
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{path / 'run.json'} is damaged; restore it from a copy") from error
-            config = load_config(path / "config.yaml")
+            facts = _read_facts(home)
+            config = _read_config(home)
+            refuse_living(home.read, home.url, locked=home.locked)
+            changed = parse_config(config.to_yaml(), overrides, source="config") if overrides else config
             if overrides:
-                changed = parse_config(config.to_yaml(), overrides, source="config")
-                _refuse(changed, config, path)
+                _refuse(changed, config, home)
                 check(changed)
-                if changed != config:
-                    write_atomically(path / f"config.until-epoch-{facts['epoch']:03d}.yaml", config.to_yaml())
-                    write_atomically(path / "config.yaml", changed.to_yaml())
-                    config = changed
-            facts["epoch"] += 1
-            write_atomically(path / "run.json", json.dumps(facts, indent=1))
-            return cls(path, config, lock, facts)
+            before = facts["epoch"]
+            store = home.take_over(facts)
+            _bring_here(store, changed)
+            if changed != config:
+                store.put(f"config.until-epoch-{before:03d}.yaml", config.to_yaml())
+                store.put("config.yaml", changed.to_yaml())
+            return cls(home, store, changed, facts)
         except BaseException:
-            lock.close()
+            home.release()
             raise
 
-    @staticmethod
-    def _hold(path: Path) -> IO[str]:
-        try:
-            lock = open(path / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
-        except OSError as error:
-            raise RunError(f"cannot write to run folder {path}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            raise RunError(f"{path} is in use by another process; stop that one first") from error
-        return lock
-
-    def close(self) -> None:
-        self._lock.close()
-
-    def _clean_pending(self) -> None:
-        """What an earlier driver's workers left unfinished or uncommitted is played again."""
-        for leftover in (self.path / "pending").iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+    @property
+    def place(self) -> Place:
+        """What workers and the learner open their own stores from."""
+        return self.store.place
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def close(self, state: State = "interrupted") -> None:
+        """Say how it ended, and let go of the run. Workers that still write for it are fenced from here on."""
+        self._heartbeat.stop(state)
+        self.store.close()
+        self._home.release()
+
     def heartbeat(self, **facts: Any) -> None:
-        """Where the run stands, as of now."""
-        write_atomically(self.path / "heartbeat.json", json.dumps({"time": time.time(), **facts}))
+        """Where the run stands; written with the next beat. None removes a fact. Raises Fenced where another driver
+        has taken the run over."""
+        self._heartbeat.note(**facts)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl (replaced as a whole, so no line is ever half-written)."""
@@ -154,7 +118,36 @@ class RunFolder:
         """Add the row of one iteration. The file is replaced as a whole: it has one short line per iteration."""
         rows = [r for r in self.metrics() if r["iteration"] < row["iteration"]]
         lines = [json.dumps(r) for r in [*rows, row]]
-        write_atomically(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
+        self.store.put("metrics.jsonl", "\n".join(lines) + "\n")
+
+
+def _read_facts(home: Home) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(home.read("run.json") or "")
+        if not isinstance(facts["epoch"], int) or not isinstance(facts["id"], str):
+            raise TypeError("epoch or id is of the wrong kind")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{home.url}/run.json is damaged; restore it from a copy") from error
+    return facts
+
+
+def _bring_here(store: Store, config: Config) -> None:
+    """What a driver on this node reads: documents, checkpoints, and the traces from the first that a learning phase
+    may need."""
+    for name in ("run.json", "config.yaml", "metrics.jsonl", "checkpoints"):
+        store.pull(name)
+    points = resume_points(checkpoint_numbers(store.listing("checkpoints")), config.play.max_staleness)
+    first = (points[0] if points else 0) + 2 - config.learn.window
+    for iteration in trace_ages(store.listing("traces")):
+        if iteration >= first:
+            store.pull(f"traces/iteration={iteration:05d}")
+
+
+def _read_config(home: Home) -> Config:
+    text = home.read("config.yaml")
+    if text is None:
+        raise RunError(f"{home.url} has lost its config.yaml; restore it from a copy")
+    return parse_config(text, source=f"{home.url}/config.yaml")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -168,7 +161,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise RunError(f"{file} is damaged ({error}); restore it from a copy") from error
 
 
-def _refuse(changed: Config, config: Config, path: Path) -> None:
+def _refuse(changed: Config, config: Config, home: Home) -> None:
     """Raise ConfigError for a change that a run cannot take, or cannot take now."""
     same = [("task", changed.task == config.task), ("seed", changed.seed == config.seed)]
     same += [("model.path", changed.model.path == config.model.path)]
@@ -179,8 +172,8 @@ def _refuse(changed: Config, config: Config, path: Path) -> None:
     for name, equal in same:
         if not equal:
             raise ConfigError(f"{name} is part of what a run is; launch a new run to change it")
-    done = max((int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()), default=-1)
-    played = any((path / "traces" / f"iteration={done + 1:05d}").glob("*.arrow"))
+    done = max(checkpoint_numbers(home.listing("checkpoints")), default=-1)
+    played = done + 1 in trace_ages(home.listing("traces"))
     if played and (changed.play, changed.engine) != (config.play, config.engine):
         raise ConfigError(
             f"iteration {done + 1} is partly played, so play and engine cannot change now; resume without those "

@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,10 +86,22 @@ def list_shards(path: Path, first: int | None = None, last: int | None = None) -
     ]
 
 
-def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str]) -> None:
+def trace_ages(listing: Mapping[str, float]) -> dict[int, float]:
+    """Days since the newest shard of each iteration was written, by this host's clock. `listing`: seconds since 1970 by
+    name, as a store lists them."""
+    now, newest = time.time(), dict[int, float]()
+    for name, written in listing.items():
+        iteration, part = shard_key(Path(name))
+        if iteration >= 0 and part >= 0:
+            newest[iteration] = max(newest.get(iteration, 0.0), written)
+    return {iteration: (now - written) / 86400 for iteration, written in newest.items()}
+
+
+def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str], *, make_folder: bool = True) -> None:
     """Write `rows` to `path` such that it exists only once it is whole and synced.
 
-    `metadata` must hold `run_id` and `config_hash`. A file left by an earlier attempt at the same unit is
+    `metadata` must hold `run_id` and `config_hash`. Within a run, `make_folder` is false: a folder that is gone says
+    that another driver took the run over. A file left by an earlier attempt at the same unit is
     replaced. Raises ValueError for rows outside the format, ShardError where the disk refuses; nothing is left
     behind then.
     """
@@ -99,7 +112,8 @@ def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str]) 
     schema = SCHEMA.with_metadata(_file_metadata(metadata, rows=len(rows), batches=len(batches)))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             with ipc.new_file(file, schema, options=ipc.IpcWriteOptions(compression="zstd")) as writer:
                 for index, batch in enumerate(batches):
@@ -110,7 +124,8 @@ def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str]) 
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         raise ShardError(f"cannot write shard {path}: {reason}; free space or fix the folder") from error
 
@@ -193,7 +208,9 @@ def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
 
 
 def _damaged(path: Path, what: str) -> ShardError:
-    return ShardError(f"shard {path} is damaged: {what}; restore it from a copy or delete it")
+    return ShardError(
+        f"shard {path} is damaged: {what}; restore it from a copy, or delete it and `selfplay resume` plays it again"
+    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.shards import iter_traces
+from selfplay.store import Place, guard, on_this_node
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -31,9 +32,9 @@ class Trainer:
     """Holds the policy that learns. Each phase is a function of the config, the weights at its start and the shards
     it is given, so a phase that died is done again from the last checkpoint with the same result."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self.config = config
-        self.run = run
+        self.store = place.open()
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
 
@@ -42,6 +43,9 @@ class Trainer:
         if self._learner is None:
             raise RuntimeError("warm up or restore a checkpoint before learning")
         return self._learner
+
+    def stop(self) -> None:
+        """Nothing yet."""
 
     def _new_learner(self, policy: Policy, reference: Policy | None) -> Learner:
         config = self.config
@@ -99,7 +103,9 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        traces = [trace for shard in shards for trace in iter_traces(shard)]
+        for folder in {shard.parent for shard in shards}:
+            on_this_node(self.store, folder)
+        traces = [trace for shard in shards for trace in iter_traces(self.store.root / shard)]
         return self._run(
             iteration,
             traces,
@@ -161,8 +167,7 @@ class Trainer:
         if model.path is not None:
             policy = load_policy(model.path, device=model.device, dtype=model.dtype, attn=model.attention)
         else:
-            folder = self.run / "pending" / "fresh"
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = self.store.workshop("fresh")
             build_fresh_model(folder, self.task.vocabulary(), model.fresh, seed=self.config.seed)
             policy = load_policy(folder, device=model.device, dtype=model.dtype, attn=model.attention)
             shutil.rmtree(folder)
@@ -182,21 +187,27 @@ class Trainer:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
         policy, optimizer, _ = checkpoints.load(
-            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention, merge=False
+            on_this_node(self.store, checkpoint),
+            device=model.device,
+            dtype=model.dtype,
+            attn=model.attention,
+            merge=False,
         )
         reference = None
         if self._has_kl:
-            first = checkpoints.path_of(self.run / "checkpoints", 0)
+            first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
             self._learner.load_state_dict(optimizer)
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError."""
+        """Write the checkpoint of `iteration`; its folder. Raises CheckpointError, RunError."""
         learner = self.learner
-        folder = self.run / "checkpoints"
-        return checkpoints.save(folder, iteration, learner.policy, learner.state_dict(), state)
+        with guard(self.store):
+            building = self.store.workshop(f"{iteration:05d}")
+            checkpoints.write(building, iteration, learner.policy, learner.state_dict(), state)
+        return self.store.publish(building, f"checkpoints/{iteration:05d}")
 
 
 def _optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from mcts.tasks import load_task
 from mcts.types import Problem, SearchResult
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.shards import shard_name, write_pending
+from selfplay.store import Place, guard, on_this_node
 from selfplay.traces import TraceContext, to_row
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Played:
     """A finished unit: its pending shard waits for the driver's commit."""
 
     unit: Unit
-    pending: Path
+    pending: str
+    """Name of the shard within the run, for `Store.commit`."""
     seconds: float
     """From the first search's admission to the written file; units overlap."""
 
@@ -57,6 +59,8 @@ class EvaluationJob:
     search: SearchConfig
     seed: int
     policy_version: int
+    name: str = ""
+    """Tells the jobs of one evaluation apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,15 @@ def stream_seed(*key: object) -> int:
     """An unsigned 64-bit seed that depends on every part of `key` and on nothing else."""
     text = "\x1f".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def free_memory(device: str) -> None:
+    """Give back to the device what no longer has an owner."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def make_engine(
@@ -129,26 +142,36 @@ class Worker:
     last ones of a unit finish, so the batch stays full.
     """
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, place: Place) -> None:
         self.config = config
-        self.run = run
+        self.store = place.open()
         self.task = load_task(config.task.name, **config.task.settings)
         self._engine: TorchEngine | ServerEngine | None = None
         self._driver: Driver | None = None
         self._complete: deque[Unit] = deque()
         self._results: dict[str, dict[int, SearchResult]] = {}
         self._where: dict[int, tuple[Unit, int]] = {}  # search seed -> its unit and place there
-        self._run_id: str = json.loads((run / "run.json").read_text(encoding="utf-8"))["id"]
         self._began: dict[str, float] = {}
 
     def load(self, checkpoint: Path, version: int) -> None:
-        """Weights of a checkpoint folder; a no-op where they are loaded already."""
+        """Weights of a checkpoint folder (a relative path is one within the run); a no-op where they are loaded
+        already."""
+        if self._engine is not None and self._engine.version == version:
+            return
+        checkpoint = on_this_node(self.store, checkpoint)
         if self._engine is None:
             self._engine = make_engine(
                 self.config, checkpoint / "policy", checkpoint / "value_head.safetensors", version, self.task
             )
-        elif self._engine.version != version:
+        else:
             self._engine.load(str(checkpoint), version)
+
+    def rest(self) -> None:
+        """Free the device's memory until the next `load`. No unit may be under way."""
+        if self._results:
+            raise RuntimeError("a unit is under way")
+        self._engine = self._driver = None
+        free_memory(self.config.model.device)
 
     @property
     def engine(self) -> TorchEngine | ServerEngine:
@@ -159,15 +182,29 @@ class Worker:
     def enqueue(self, unit: Unit) -> None:
         if unit.policy_version != self.engine.version:
             raise RuntimeError(f"unit wants policy {unit.policy_version}, loaded is {self.engine.version}")
-        if self._driver is None:
-            self._driver = Driver(self.engine, self.task, max_open=self.config.play.open_searches)
+        driver = self._drive()
         self._results[unit.name] = {}
         self._began[unit.name] = time.perf_counter()
-        for position, problem in enumerate(unit.problems):
+        for position, search in enumerate(self._searches(unit)):
+            self._where[search.seed] = (unit, position)
+            driver.submit(search)
+
+    def _drive(self) -> Driver:
+        if self._driver is None:
+            self._driver = Driver(self.engine, self.task, max_open=self.config.play.open_searches)
+        return self._driver
+
+    def _searches(self, unit: Unit) -> Iterator[Search]:
+        for problem in unit.problems:
             seed = stream_seed(self.config.seed, unit.iteration, problem.id, 0)
-            search = make_search(problem, self.config.play.search, seed, learning=True)
-            self._where[seed] = (unit, position)
-            self._driver.submit(search)
+            yield make_search(problem, self.config.play.search, seed, learning=True)
+
+    def record(self, unit: Unit, reason: str) -> Played:
+        """Write rows that say that the unit's problems could not be played, without playing them."""
+        self._began[unit.name] = time.perf_counter()
+        driver = self._drive()
+        self._results[unit.name] = {i: driver.fail(search, reason) for i, search in enumerate(self._searches(unit))}
+        return self._write(unit)
 
     def finish(self) -> Played:
         """Work until one unit is finished; write its pending shard."""
@@ -194,8 +231,11 @@ class Worker:
             joiner=self.task.joiner,
         )
         rows = [to_row(results[i], context) for i in range(len(results))]
-        pending = self.run / "pending" / unit.name
-        write_pending(pending, rows, {"run_id": self._run_id, "config_hash": config.hash()})
+        scratch = self.store.scratch(unit.name)  # another worker may play the same unit at the same time
+        with guard(self.store):
+            metadata = {"run_id": self.store.place.run_id, "config_hash": config.hash()}
+            write_pending(scratch, rows, metadata, make_folder=False)
+        pending = self.store.offer(scratch)
         return Played(unit, pending, time.perf_counter() - self._began.pop(unit.name))
 
     def evaluate(self, job: EvaluationJob) -> list[Answered]:

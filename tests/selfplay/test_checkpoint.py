@@ -20,7 +20,6 @@ from selfplay.checkpoint import (
     load,
     path_of,
     read_state,
-    retain,
     save,
     verify,
 )
@@ -124,15 +123,6 @@ def test_an_optimizer_file_that_runs_code_is_refused(learner, tmp_path):
         load(folder)
 
 
-def test_retention_keeps_the_newest_and_those_that_are_needed(learner, tmp_path):
-    for number in range(6):
-        save(tmp_path, number, learner.policy, None, {})
-    assert retain(tmp_path, keep=2, needed={0, 2}) == [1, 3]
-    assert existing(tmp_path) == [0, 2, 4, 5]
-    with pytest.raises(ValueError, match="at least one"):
-        retain(tmp_path, keep=0)
-
-
 class Death(BaseException):
     """The process ends here: nothing may catch it."""
 
@@ -174,24 +164,6 @@ def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tm
     assert moment > 20
     assert read_state(path_of(tmp_path, 2)) == {"try": moment}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00001", "00002"]
-
-
-def test_death_at_any_moment_of_removing_leaves_whole_checkpoints_only(learner, tmp_path, dying):
-    save(tmp_path, 2, learner.policy, None, {})
-    for moment in itertools.count(1):
-        save(tmp_path, 1, learner.policy, None, {})
-        dying["left"] = moment
-        try:
-            retain(tmp_path, keep=1)
-        except Death:
-            dying["left"] = -1
-            for number in existing(tmp_path):
-                verify(path_of(tmp_path, number))
-        else:
-            break
-    dying["left"] = -1
-    assert moment > 5
-    assert existing(tmp_path) == [2]
 
 
 SAVER = """

@@ -54,8 +54,9 @@ def test_each_opening_raises_the_epoch_and_clears_what_was_pending(tmp_path: Pat
     run.close()
     again = RunFolder.open(tmp_path / "run")
     assert again.facts["epoch"] == 2
-    assert not list((again.path / "pending").iterdir())
+    assert [p.name for p in (again.path / "pending").iterdir()] == ["epoch-00002"]
     again.close()
+    assert not list((again.path / "pending").iterdir())
 
 
 def test_overrides_at_resume_are_kept_beside_the_old_config(tmp_path: Path) -> None:

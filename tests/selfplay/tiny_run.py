@@ -54,10 +54,11 @@ def _die() -> None:
 
 def arrange(moment: str) -> None:
     """Patch the product so that this process is killed at `moment` of iteration 1 (warm-up: iteration 0)."""
-    from selfplay import checkpoint, loop, report, trainer
+    from selfplay import loop, report, trainer
+    from selfplay.store_disk import DiskStore
 
     show = report.Watch.__call__
-    commit, link = loop.commit, os.link
+    link, commit, publish = os.link, DiskStore.commit, DiskStore.publish
     finish = loop.Loop._evaluate
     commits = 0
 
@@ -71,7 +72,7 @@ def arrange(moment: str) -> None:
         ):
             _die()
 
-    def counted(pending: Path, final: Path) -> bool:
+    def counted(self: DiskStore, pending: str, name: str) -> bool:
         nonlocal commits
         commits += 1
         if commits == 2 and moment == "before commit":
@@ -83,7 +84,18 @@ def arrange(moment: str) -> None:
                 _die()
 
             os.link = linked  # type: ignore[assignment]
-        return commit(pending, final)
+        return commit(self, pending, name)
+
+    def torn(self: DiskStore, folder: Path, name: str) -> Path:
+        if name == "checkpoints/00001" and moment == "during checkpoint":
+            rename = os.rename
+
+            def last(source: Path, target: Path) -> None:
+                # everything is on disk but the name that makes it exist
+                _die() if target == self.root / name else rename(source, target)
+
+            os.rename = last  # type: ignore[assignment]
+        return publish(self, folder, name)
 
     def evaluate(self: Any, iteration: int) -> None:
         if iteration == 1 and moment == "after checkpoint":
@@ -91,20 +103,11 @@ def arrange(moment: str) -> None:
         finish(self, iteration)
 
     report.Watch.__call__ = watch  # type: ignore[method-assign]
-    loop.commit = counted  # type: ignore[assignment]
+    DiskStore.commit = counted  # type: ignore[method-assign]
+    DiskStore.publish = torn  # type: ignore[method-assign]
     loop.Loop._evaluate = evaluate  # type: ignore[method-assign]
     if moment == "building the model":
         trainer.build_fresh_model = lambda folder, *_a, **_k: (folder.mkdir(), _die())  # type: ignore[assignment]
-    if moment == "during checkpoint":
-        inner = checkpoint.save
-
-        def torn(run: Path, iteration: int, *args: Any, **kwargs: Any) -> Any:
-            if iteration == 1:
-                # everything is on disk but the name that makes it exist
-                os.rename = os.replace = lambda *_a, **_k: _die()  # type: ignore[assignment]
-            return inner(run, iteration, *args, **kwargs)
-
-        checkpoint.save = torn  # type: ignore[assignment]
 
 
 def main(moment: str, run: str, given: str | None = None) -> None:

@@ -1,0 +1,303 @@
+"""A run on a local or shared disk.
+
+The fence: what is written has its source in RUN/pending/epoch-NNNNN/, and gets its final name by a hard link or a
+rename. Only the driver that takes a run over makes that folder, exclusively, and it renames the folders of the epochs
+before it away. A stale writer's link or rename then finds no source and fails, however long it slept before it. No
+clock is compared and nothing has to be checked beforehand, so there is no moment between a check and a write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from selfplay.shards import ShardExists
+from selfplay.shards import commit as commit_shard
+from selfplay.store import PENDING, Fenced, Place, RunError, Store, guard, unique
+
+_OWNED = re.compile(r"(epoch|building)-(\d{5,})")
+
+
+def epoch_folder(root: Path, epoch: int) -> Path:
+    return root / PENDING / f"epoch-{epoch:05d}"
+
+
+def workshop_folder(root: Path, epoch: int) -> Path:
+    """Where folders are built. Not inside the epoch's own: libraries that make missing parents would bring that back
+    after it was taken away."""
+    return root / PENDING / f"building-{epoch:05d}"
+
+
+def epochs(root: Path) -> list[int]:
+    """Epochs that have a folder, ascending: one, but for a moment while a run is taken over."""
+    matches = (_OWNED.fullmatch(path.name) for path in (root / PENDING).iterdir())
+    return sorted(int(match[2]) for match in matches if match and match[1] == "epoch")
+
+
+class DiskStore:
+    """See `Store`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.root = Path(place.url)
+        self._own = epoch_folder(self.root, place.epoch)
+
+    def pull(self, name: str) -> Path:
+        return self.root / name
+
+    def push(self, name: str) -> None:
+        del name
+
+    def read(self, name: str) -> str | None:
+        return _read(self.root, name)
+
+    def listing(self, name: str) -> dict[str, float]:
+        return _listing(self.root, name)
+
+    def scratch(self, name: str) -> Path:
+        return self._own / unique(name)
+
+    def workshop(self, name: str) -> Path:
+        folder = workshop_folder(self.root, self.place.epoch)
+        with guard(self), _told(folder):
+            folder.mkdir(exist_ok=True)
+        return folder / unique(name)
+
+    def offer(self, scratch: Path) -> str:
+        return scratch.relative_to(self.root).as_posix()
+
+    def commit(self, pending: str, name: str) -> bool:
+        source = self.root / pending
+        with guard(self):
+            try:
+                done = commit_shard(source, self.root / name)
+            except ShardExists:
+                source.unlink(missing_ok=True)
+                return False
+            if not done:
+                self.check()  # its pending file may have gone away with its epoch
+            return done
+
+    def publish(self, folder: Path, name: str) -> Path:
+        final = self.root / name
+        staged, old = self.scratch(name), self.scratch(name)
+        try:
+            with guard(self), _told(final):
+                os.rename(folder, staged)  # from here on only this epoch can go on with it
+                final.parent.mkdir(exist_ok=True)
+                if final.exists():  # left by a phase that is being done again
+                    os.rename(final, old)
+                os.rename(staged, final)
+                sync_folder(final.parent)
+        except BaseException:
+            for leftover in (folder, staged):
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def put(self, name: str, content: str | bytes, *, sync: bool = True) -> None:
+        target, source = self.root / name, self.scratch(name)
+        data = content.encode() if isinstance(content, str) else content
+        with guard(self), _told(target):
+            try:
+                with open(source, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    if sync:
+                        os.fsync(file.fileno())
+                os.replace(source, target)
+                if sync:
+                    sync_folder(target.parent)
+            except BaseException:
+                with suppress(OSError):
+                    source.unlink(missing_ok=True)
+                raise
+
+    def remove(self, name: str) -> None:
+        gone = self.scratch(name)
+        with guard(self), _told(self.root / name):
+            try:
+                os.rename(self.root / name, gone)
+            except FileNotFoundError:
+                self.check()
+                return
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            else:
+                gone.unlink()
+
+    def check(self) -> None:
+        if self._own.is_dir():
+            return
+        run, host = self.root, socket.gethostname()
+        if not (run / "run.json").is_file():
+            raise RunError(f"{host} does not see the run folder {run}; mount it there, at the same path")
+        newest = max(epochs(run), default=0)
+        if newest > self.place.epoch:
+            raise Fenced(
+                f"{run} was taken over by another driver (epoch {newest}); this one (epoch {self.place.epoch}) stops "
+                "and has changed nothing"
+            )
+        raise Fenced(
+            f"the driver of {run} that began epoch {self.place.epoch} has ended; what works for it stops and has "
+            "changed nothing"
+        )
+
+    def close(self) -> None:
+        gone = self.root / PENDING / unique(".gone")
+        with suppress(OSError):  # taken over already: what is pending is the next driver's
+            os.rename(self._own, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            shutil.rmtree(workshop_folder(self.root, self.place.epoch), ignore_errors=True)
+
+
+class DiskHome:
+    """See `Home`. A lock held by the operating system keeps two drivers apart on one host; it dies with its process,
+    so a killed run needs no cleaning up."""
+
+    locked = True
+
+    def __init__(self, path: Path, *, create: bool) -> None:
+        self.root = path.absolute()
+        self.url = str(self.root)
+        if create:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunError(
+                    f"cannot create run folder {self.root}: {error.strerror}; choose another --run-dir"
+                ) from error
+        elif not (self.root / "run.json").exists():
+            raise RunError(f"{self.root} holds no run (no run.json); give the folder that `selfplay launch` named")
+        self._lock = _hold(self.root)
+
+    def read(self, name: str) -> str | None:
+        return _read(self.root, name)
+
+    def listing(self, name: str) -> dict[str, float]:
+        return _listing(self.root, name)
+
+    def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
+        root = self.root
+        if (root / "run.json").exists():
+            raise RunError(
+                f"{root} already holds a run; continue it with `selfplay resume {root}` or choose another --run-dir"
+            )
+        if any(entry.name != "lock" for entry in root.iterdir()):
+            raise RunError(f"{root} is not empty and holds no run; choose another --run-dir")
+        with _told(root):
+            for name in ("checkpoints", "traces", PENDING, "tensorboard"):
+                (root / name).mkdir()
+            epoch_folder(root, facts["epoch"]).mkdir()
+        store = DiskStore(Place(self.url, facts["id"], facts["epoch"]))
+        for name, text in documents.items():
+            store.put(name, text)
+        store.put("run.json", json.dumps(facts, indent=1))
+        return store
+
+    def take_over(self, facts: dict[str, Any]) -> Store:
+        root = self.root
+        with _told(root):
+            (root / PENDING).mkdir(exist_ok=True)
+            epoch = max(facts["epoch"], *epochs(root), 0) + 1
+            own = epoch_folder(root, epoch)
+            try:
+                own.mkdir()
+            except FileExistsError as error:
+                raise RunError(f"another driver takes {root} over right now; leave it to that one") from error
+            # of two that got here at the same time the later one sees the earlier one's folder, or is seen by it
+            found = epochs(root)
+            for old in (number for number in found if number < epoch):
+                with suppress(FileNotFoundError):
+                    os.rename(epoch_folder(root, old), root / PENDING / unique(".gone"))
+            # and one that came and went in between has left its number in run.json
+            written = json.loads(self.read("run.json") or "{}").get("epoch", 0)
+            if max(written, *found) > epoch or written == epoch:
+                with suppress(FileNotFoundError):
+                    own.rmdir()
+                raise RunError(f"another driver takes {root} over right now; leave it to that one")
+        _clean_pending(root, epoch)
+        facts["epoch"] = epoch
+        store = DiskStore(Place(self.url, facts["id"], epoch))
+        store.put("run.json", json.dumps(facts, indent=1))
+        return store
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def _clean_pending(root: Path, epoch: int) -> None:
+    """Delete what the epochs before `epoch` left unfinished or uncommitted: it is done again. A stale writer may be at
+    work in it still, so what cannot be deleted now is left to the next driver."""
+    for leftover in (root / PENDING).iterdir():
+        owned = _OWNED.fullmatch(leftover.name)
+        if owned and int(owned[2]) >= epoch:
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _listing(root: Path, name: str) -> dict[str, float]:
+    found = {}
+    for path in (root / name).rglob("*"):
+        with suppress(FileNotFoundError):  # deleted while we looked
+            if path.is_file():
+                found[path.relative_to(root).as_posix()] = path.stat().st_mtime
+    return found
+
+
+def _read(root: Path, name: str) -> str | None:
+    try:
+        return (root / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {root / name}: {error}; restore it from a copy") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hold(root: Path) -> IO[str]:
+    try:
+        lock = open(root / "lock", "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+    except OSError as error:
+        raise RunError(f"cannot write to run folder {root}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RunError(f"{root} is in use by another process; stop that one first") from error
+    except OSError as error:
+        lock.close()
+        raise RunError(f"cannot lock {root / 'lock'}: {error.strerror}; mount the folder with locks") from error
+    return lock
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the operating system refuses is raised as a RunError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(
+            f"cannot write {path}: {reason}; free space or make the folder writable, then `selfplay resume`"
+        ) from error
