@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,6 +87,10 @@ class Executor(Protocol):
 
     def costs(self) -> dict[str, float]:
         """Timing columns since the last call: what handing weights over has cost."""
+        ...
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Numbers of the run, for whoever watches it from outside."""
         ...
 
     def close(self) -> None: ...
@@ -193,6 +197,9 @@ class InlineExecutor:
 
     def costs(self) -> dict[str, float]:
         return {}
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Nobody asks a single process."""
 
     def close(self) -> None:
         self._worker = None

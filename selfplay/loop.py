@@ -138,6 +138,8 @@ class Loop:
 
     def _report(self, phase: str, iteration: int, done: int, total: int, facts: dict[str, Any]) -> None:
         self.run.heartbeat(phase=phase, iteration=iteration, done=done, total=total, **self.executor.facts())
+        if phase == "play":
+            self.executor.show({"units_done": done, "units_total": total})
         self.watch(Event(phase, iteration, done, total, facts))
 
     def _wait(self, until: Callable[[], bool]) -> None:
@@ -340,6 +342,7 @@ class Loop:
         row["evaluate_seconds"] = time.perf_counter() - evaluation.began
         row["wall_seconds"] = time.perf_counter() - self.began
         self.run.append_metrics(row)
+        self.executor.show(row)
         self.watch(Event("iteration", iteration, facts=row))
         self._retain()
 
