@@ -49,9 +49,9 @@ class Trainer:
         self._stop = threading.Event()
         self._resting = False
         self._base = ""
-        self._version: int | None = None
-        """Checkpoint that holds the learner's weights; None while they are on none."""
         """Which weights the learner holds between two phases."""
+        self._version: int | None = None
+        """Checkpoint that holds those weights; None while they are on none."""
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
 
