@@ -41,7 +41,9 @@ def main() -> None:
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="run folder, or s3://BUCKET/PREFIX; default runs/<config>-<time>")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
     ] = False,
@@ -62,7 +64,7 @@ def launch(
 
     resolved = load_config(config, overrides or [])
     check_parts(resolved)
-    folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
 
 
@@ -86,7 +88,7 @@ def _show_plan(config: Any, as_json: bool) -> None:
 
 @app.command(epilog="Example: selfplay resume runs/first iterations=20")
 def resume(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
 ) -> None:
     """Continue a run as if nothing had happened."""
@@ -115,20 +117,24 @@ def _drive(run: Any) -> None:
             def both(event: Event) -> None:
                 watch(event)
                 board(event)
+                if event.phase == "iteration":
+                    run.store.push("tensorboard")
 
             rows = Loop(run, executor, both).go()
         run.store.put("curve.png", draw_curve(rows))
         state = "ended"
     except KeyboardInterrupt as interrupt:
         state = "interrupted"
-        message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.path)}"
+        message = (
+            f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.place.url)}"
+        )
         print(message, file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from interrupt
     finally:
         executor.close()
         board.close()
         run.close(state)
-    shown = _shown(run.path)
+    shown = _shown(run.place.url)
     console.print(final_table(rows))
     console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
     solve = f"solve {shown} {shlex.quote(_example(run.config))}"
@@ -136,9 +142,10 @@ def _drive(run: Any) -> None:
         console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _shown(path: Path) -> Path:
-    """The path as a user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _shown(url: str) -> str:
+    """The run as a user would type it."""
+    path = Path(url)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else url
 
 
 def _example(config: Any) -> str:
@@ -155,7 +162,7 @@ def _example(config: Any) -> str:
 
 @app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="a run, a folder of shards, or one shard")],
+    path: Annotated[str, typer.Argument(help="a run, a folder of shards, or one shard; s3://... too")],
     trace: Annotated[str | None, typer.Option(help="draw the tree of this trace (a prefix of its id will do)")] = None,
     where: Annotated[str | None, typer.Option(help="filter, e.g. \"verdict == 'correct' and sampled > 200\"")] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort traces by; -column for descending")] = None,
@@ -168,8 +175,11 @@ def inspect(
     from rich.console import Console
 
     from selfplay.inspect import inspect_path
+    from selfplay.store import local_copy
 
-    view = inspect_path(path, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
+    view = inspect_path(
+        local_copy(path, "traces"), trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed
+    )
     if as_json:
         print(json.dumps(view.data))
     else:
@@ -271,7 +281,8 @@ def grade(
 @app.command(epilog='Example: selfplay export runs/first --format sft --where "iteration >= 3" --out data/sft.parquet')
 def export(
     path: Annotated[
-        Path, typer.Argument(help="a run, a folder of shards, or one shard; prm-model: a run or checkpoint")
+        str,
+        typer.Argument(help="a run, a folder of shards, or one shard, s3://... too; prm-model: a run, a checkpoint"),
     ],
     form: Annotated[str, typer.Option("--format", help="sft, preference, stepwise, prm, or prm-model")],
     out: Annotated[Path, typer.Option(help="FILE.parquet or FILE.jsonl; prm-model: a new folder")],
@@ -287,6 +298,7 @@ def export(
 ) -> None:
     """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""
     from selfplay.errors import UserError
+    from selfplay.store import local_copy
 
     if form == "prm-model":
         from selfplay.export_prm import export_prm
@@ -294,14 +306,15 @@ def export(
         for name, given in (("--where", where), ("--joiner", joiner), ("--tokenizer", tokenizer)):
             if given is not None:
                 raise UserError(f"{name} is for traces and prm-model exports weights; leave it out")
-        found = export_prm(path, out, approximate=approximate)
+        found = export_prm(local_copy(path, "checkpoints"), out, approximate=approximate)
     else:
         from selfplay.export import export_path
 
         if approximate:
             raise UserError(f"--approximate is for prm-model, and {form} exports traces; leave it out")
+        source = local_copy(path, "traces", "checkpoints")
         found = export_path(
-            path, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
+            source, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
         ).data()
     if as_json:
         print(json.dumps(found))
