@@ -90,10 +90,7 @@ class Driver:
     def submit(self, search: Search) -> int:
         """Queue a search; returns its id. It starts in a later `poll`, in order of submission."""
         id = next(_ids)
-        prompt = search.problem.prompt
-        prompt_ids = self.engine.encode(prompt)
-        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        self._waiting.append((id, search, SearchContext(search, self.task, prompt_ids, text)))
+        self._waiting.append((id, search, self._context(search)))
         return id
 
     def cancel(self, search: int) -> None:
@@ -112,6 +109,15 @@ class Driver:
                 self._receive(reply)
         done, self._done = self._done, []
         return done
+
+    def fail(self, search: Search, reason: str) -> SearchResult:
+        """The result of a search that is not made: FAILED for `reason`, its tree the prompt alone."""
+        return self._result(_Live(next(_ids), search, self._context(search), self.engine.version), None, reason)
+
+    def _context(self, search: Search) -> SearchContext:
+        prompt = search.problem.prompt
+        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        return SearchContext(search, self.task, self.engine.encode(prompt), text)
 
     def run(self, searches: Iterable[Search]) -> Iterator[SearchResult]:
         """Run them all, keeping the engine full; results in the order in which they finish. `searches` is
@@ -234,11 +240,14 @@ class Driver:
         return bool(requests)
 
     def _finish(self, live: _Live, outcome: Outcome | None, error: str | None) -> None:
-        """Close the search and give its result. Outside learning gold is asked here, once, about the chosen
-        answer."""
+        """Close the search and hand out its result."""
         if self._live.pop(live.id, None) is not None:
             self.engine.close(live.id)
         self._cancelled.discard(live.id)
+        self._done.append(self._result(live, outcome, error))
+
+    def _result(self, live: _Live, outcome: Outcome | None, error: str | None) -> SearchResult:
+        """What a search comes to. Outside learning gold is asked here, once, about the chosen answer."""
         ctx, search, tree = live.ctx, live.search, live.ctx.tree
         chosen = outcome.chosen if outcome is not None else None
         answer = tree.answer[chosen] if chosen is not None else None
@@ -254,24 +263,22 @@ class Driver:
         if error is not None:
             tree.in_flight = [0] * len(tree)
         ctx.usage.discarded = ctx.usage.sampled - tree.tokens  # also what a strategy left unused
-        self._done.append(
-            SearchResult(
-                problem=search.problem,
-                strategy=search.strategy.name,
-                settings=_settings(search, self.engine.name),
-                tree=tree,
-                candidates=tuple(ctx.candidates),
-                chosen=chosen,
-                answer=answer,
-                verdict=verdict,
-                usage=ctx.usage,
-                seed=search.seed,
-                policy_version=live.version,
-                ended=ended,
-                oracle=ctx.oracle or (outcome is not None and outcome.oracle),
-                error=error,
-                seconds=time.monotonic() - live.clock,
-            )
+        return SearchResult(
+            problem=search.problem,
+            strategy=search.strategy.name,
+            settings=_settings(search, self.engine.name),
+            tree=tree,
+            candidates=tuple(ctx.candidates),
+            chosen=chosen,
+            answer=answer,
+            verdict=verdict,
+            usage=ctx.usage,
+            seed=search.seed,
+            policy_version=live.version,
+            ended=ended,
+            oracle=ctx.oracle or (outcome is not None and outcome.oracle),
+            error=error,
+            seconds=time.monotonic() - live.clock,
         )
 
 

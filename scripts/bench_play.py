@@ -18,9 +18,11 @@ from mcts.search import Driver
 from mcts.types import Problem, SearchResult
 from selfplay.cluster import RayExecutor
 from selfplay.config import Config, Part, SearchConfig
+from selfplay.executor import Learned
+from selfplay.fleet import Evaluated
 from selfplay.run_folder import RunFolder
 from selfplay.shards import shard_path
-from selfplay.worker import make_search, stream_seed, units_of
+from selfplay.worker import Unit, make_search, stream_seed, units_of
 
 Clock = Callable[[], float]
 
@@ -145,19 +147,30 @@ def traces_per_second(subject: Subject, folder: Path, workers: int, units: int, 
     try:
         executor = RayExecutor(config, run.place)
         try:
-            executor.load(subject.checkpoint, 0)
-            warm = subject.problems(16 * workers)
-            for done in executor.play(list(units_of(warm, size=16, iteration=1, policy_version=0))):
-                run.store.commit(done.pending, shard_path(Path(), 1, done.unit.part).as_posix())
+            executor.publish(subject.checkpoint, 0, play=True)
+            play_all(
+                run, executor, list(units_of(subject.problems(16 * workers), size=16, iteration=1, policy_version=0))
+            )
             chosen = subject.problems(units * unit)
             began = time.perf_counter()
-            for done in executor.play(list(units_of(chosen, size=unit, iteration=2, policy_version=0))):
-                run.store.commit(done.pending, shard_path(Path(), 2, done.unit.part).as_posix())
+            play_all(run, executor, list(units_of(chosen, size=unit, iteration=2, policy_version=0)))
             return len(chosen) / (time.perf_counter() - began)
         finally:
             executor.close()
     finally:
         run.close()
+
+
+def play_all(run: RunFolder, executor: RayExecutor, units: list[Unit]) -> None:
+    """Play and commit `units`."""
+    for unit in units:
+        executor.submit(unit)
+    committed = 0
+    while committed < len(units):
+        for done in executor.poll(1.0):
+            assert not isinstance(done, Evaluated | Learned)
+            run.store.commit(done.pending, shard_path(Path(), done.unit.iteration, done.unit.part).as_posix())
+            committed += 1
 
 
 def measure_workers(subject: Subject, folder: Path, in_process: float, *, units: int, unit: int) -> list[Row]:

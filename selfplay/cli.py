@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -19,7 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 USAGE = 2
 MOST_SEED = (1 << 64) - 1
 
@@ -44,6 +42,13 @@ def launch(
     run_dir: Annotated[
         str | None, typer.Option(help="run folder, or s3://BUCKET/PREFIX; default runs/<config>-<time>")
     ] = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="continue the run that --run-dir holds, if any")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
+    submit: Annotated[str | None, typer.Option(help="send it as a Ray job to this dashboard: http://HOST:8265")] = None,
+    python: Annotated[str | None, typer.Option(help="--submit: Python on the cluster; default this one's path")] = None,
+    runtime_env: Annotated[Path | None, typer.Option(help="--submit: YAML of a Ray runtime environment")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
     ] = False,
@@ -52,20 +57,40 @@ def launch(
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
 
+    resolved = load_config(config, _joining(address, overrides))
     if dry_run:
-        _show_plan(load_config(config, overrides or []), as_json)
+        _show_plan(resolved, as_json)
         return
     if as_json:
         from selfplay.errors import UserError
 
         raise UserError("launch prints JSON with --dry-run only; add it, or leave --json out")
+    if submit is None and (python is not None or runtime_env is not None):
+        from selfplay.errors import UserError
+
+        raise UserError(
+            "--python and --runtime-env say how a Ray job starts; add --submit DASHBOARD, or leave them out"
+        )
+    if submit is not None:
+        from selfplay.cluster.submit import run_as_job
+
+        raise typer.Exit(run_as_job(resolved, submit, run_dir, python=python, runtime_env=runtime_env))
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
+    from selfplay.store import holds_run
 
-    resolved = load_config(config, overrides or [])
-    check_parts(resolved)
     folder = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if or_resume and holds_run(folder):
+        print(f"{folder} holds a run: it goes on with its own config", file=sys.stderr)
+        _drive(RunFolder.open(folder, _joining(address, None), check_parts))
+        return
+    check_parts(resolved)
     _drive(RunFolder.create(folder, resolved))
+
+
+def _joining(address: str | None, overrides: list[str] | None) -> list[str]:
+    """The overrides, with the cluster to join."""
+    return [*(overrides or []), *([] if address is None else [f"cluster.address={json.dumps(address)}"])]
 
 
 def _show_plan(config: Any, as_json: bool) -> None:
@@ -90,74 +115,22 @@ def _show_plan(config: Any, as_json: bool) -> None:
 def resume(
     run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
+    address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
 ) -> None:
     """Continue a run as if nothing had happened."""
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    _drive(RunFolder.open(run, overrides or [], check_parts))
+    _drive(RunFolder.open(run, _joining(address, overrides), check_parts))
 
 
 def _drive(run: Any) -> None:
     """Run the loop on an open run folder, showing what it does."""
-    from rich.console import Console
+    from selfplay.drive import drive
 
-    from selfplay.executor import make_executor
-    from selfplay.heartbeat import State
-    from selfplay.loop import Event, Loop
-    from selfplay.report import TensorBoard, Watch, draw_curve, final_table
-
-    console = Console()
-    board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
-    executor = make_executor(run.config, run.place)
-    state: State = "failed"
-    try:
-        with Watch() as watch:
-
-            def both(event: Event) -> None:
-                watch(event)
-                board(event)
-                if event.phase == "iteration":
-                    run.store.push("tensorboard")
-
-            rows = Loop(run, executor, both).go()
-        run.store.put("curve.png", draw_curve(rows))
-        state = "ended"
-    except KeyboardInterrupt as interrupt:
-        state = "interrupted"
-        message = (
-            f"interrupted; everything committed so far is kept, go on with: selfplay resume {_shown(run.place.url)}"
-        )
-        print(message, file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from interrupt
-    finally:
-        executor.close()
-        board.close()
-        run.close(state)
-    shown = _shown(run.place.url)
-    console.print(final_table(rows))
-    console.print(f"curve: {shown}/curve.png\nnext:", highlight=False, soft_wrap=True)
-    solve = f"solve {shown} {shlex.quote(_example(run.config))}"
-    for command in (f"inspect {shown} --sample 3", solve, f"evaluate {shown}"):
-        console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _shown(url: str) -> str:
-    """The run as a user would type it."""
-    path = Path(url)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else url
-
-
-def _example(config: Any) -> str:
-    """A held-out problem of the run's task, as `solve` takes it."""
-    from mcts.tasks import load_task
-
-    task: Any = load_task(config.task.name, **config.task.settings)
-    problem = task.problems("heldout")[0]
-    if hasattr(task, "typed"):  # a task whose prompt is more than what a user types
-        return str(task.typed(problem))
-    prompt = problem.prompt
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    code = drive(run)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")
@@ -177,9 +150,8 @@ def inspect(
     from selfplay.inspect import inspect_path
     from selfplay.store import local_copy
 
-    view = inspect_path(
-        local_copy(path, "traces"), trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed
-    )
+    folder = local_copy(path, "traces")
+    view = inspect_path(folder, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
     if as_json:
         print(json.dumps(view.data))
     else:
@@ -282,7 +254,7 @@ def grade(
 def export(
     path: Annotated[
         str,
-        typer.Argument(help="a run, a folder of shards, or one shard, s3://... too; prm-model: a run, a checkpoint"),
+        typer.Argument(help="a run, a folder of shards, a shard (s3://... too); prm-model: a run or checkpoint"),
     ],
     form: Annotated[str, typer.Option("--format", help="sft, preference, stepwise, prm, or prm-model")],
     out: Annotated[Path, typer.Option(help="FILE.parquet or FILE.jsonl; prm-model: a new folder")],
@@ -312,7 +284,7 @@ def export(
 
         if approximate:
             raise UserError(f"--approximate is for prm-model, and {form} exports traces; leave it out")
-        source = local_copy(path, "traces", "checkpoints")
+        source = local_copy(path, "traces", "tokenizer")
         found = export_path(
             source, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
         ).data()
@@ -321,6 +293,44 @@ def export(
     else:
         for key, figure in found.items():
             print(f"{key}: {figure}")
+
+
+@app.command(epilog="Example: selfplay status runs/first")
+def status(
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Where a run stands, from its folder alone; also while its driver is dead."""
+    from selfplay.status import read_status
+    from selfplay.store import local_copy
+
+    found = read_status(local_copy(run, "heartbeat.json", "metrics.jsonl", "traces"))
+    print(json.dumps(found.data()) if as_json else "\n".join(found.lines()))
+
+
+@app.command(epilog="Example: selfplay doctor runs/first")
+def doctor(
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
+    from selfplay.doctor import examine
+    from selfplay.report import Line
+    from selfplay.store import local_copy
+
+    findings = []
+    with Line() as line:
+        for finding in examine(local_copy(run), line.show):
+            findings.append(finding)
+            if not as_json:
+                line.clear()
+                print(finding.line, flush=True)
+    if as_json:
+        print(json.dumps({"run": run, "findings": [finding.data() for finding in findings]}))
+    elif not findings:
+        print(f"{run} keeps every promise that a folder can show")
+    if findings:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 from mcts.types import SettingError
 
-__all__ = ["NonFiniteLoss", "SettingError", "UserError", "known_errors"]
+__all__ = ["Interrupted", "NonFiniteLoss", "SettingError", "UserError", "known_errors"]
 
 
 class UserError(SettingError):
@@ -15,6 +15,10 @@ class UserError(SettingError):
 
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient was not a finite number; the weights are those before the step that failed."""
+
+
+class Interrupted(RuntimeError):
+    """A phase was asked to stop; what it had done so far is saved, and it goes on from there."""
 
 
 RUNTIME = (

@@ -1,8 +1,10 @@
-"""Where the work is done. The loop knows this protocol only; `InlineExecutor` runs everything in this process."""
+"""Where the work of an iteration happens: in this process, or in the actors of selfplay/cluster/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,60 +12,113 @@ from mcts.engines.model import check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
+from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.fleet import Evaluated
 from selfplay.fresh import check_architecture
 from selfplay.objectives import build_objective
 from selfplay.store import Place
 from selfplay.trainer import Trainer
-from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
+from selfplay.worker import EvaluationJob, Played, Unit, Worker
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Called with (done, total, facts) while a phase goes on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A learning phase has ended; its metrics, or the error that ended it (`NonFiniteLoss`, `Interrupted`)."""
+
+    metrics: dict[str, Any]
+    error: Exception | None = None
+
+
+Done = Played | Evaluated | Learned
+
+
 class Executor(Protocol):
-    """Runs the phases of an iteration somewhere. Every call is a function of its arguments and the run folder, so
-    a phase that died can be run again. Paths of checkpoints and shards are relative to the run: each node has its own
-    way to it."""
+    """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
+    its arguments and the run, so one that died with its process is done again, here or elsewhere. Paths of checkpoints
+    and shards are relative to the run: each node has its own way to it."""
 
-    def load(self, checkpoint: Path, version: int) -> None:
-        """Give every worker the weights of a checkpoint."""
+    @property
+    def learning(self) -> bool:
+        """Whether a learning phase has begun whose checkpoint is not saved yet."""
         ...
 
-    def play(self, units: Sequence[Unit]) -> Iterator[Played]:
-        """Play units, in any order; each is yielded once its pending shard is written."""
+    def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
+        """The weights in `checkpoint` are those of `version`; with `play`, units that begin from now on are played
+        with them."""
         ...
 
-    def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[list[Answered]]:
-        """Answers per job, in the order of the jobs."""
+    def submit(self, work: Unit | EvaluationJob) -> None:
+        """Play a unit with the weights that units are played with when it begins (its `policy_version` says so
+        then), or evaluate with those of the job's version. Evaluations go first."""
         ...
 
-    def warm_up(self, progress: Progress) -> dict[str, Any]:
-        """Build or load the policy, warm it up, and keep it in the learner; the metrics."""
+    def warm_up(self, progress: Progress) -> None:
+        """Begin to build or load the policy and warm it up; it stays in the learner. `Learned` follows."""
+        ...
+
+    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
+        """Begin a learning phase on the weights that the learner holds. `Learned` follows."""
+        ...
+
+    def poll(self, seconds: float) -> list[Done]:
+        """What has been done since; waits up to `seconds` for the first. Raises the errors that no other worker would
+        fare better with."""
         ...
 
     def restore(self, checkpoint: Path) -> None:
         """Put a checkpoint's weights and optimiser state into the learner."""
         ...
 
-    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> dict[str, Any]:
-        """One learning phase; the metrics. Raises NonFiniteLoss."""
-        ...
-
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         """Write the learner's checkpoint; its folder."""
+        ...
+
+    def stop(self) -> None:
+        """A learning phase saves its state and ends with `Interrupted` as soon as it can. Only sets a flag: a signal
+        handler calls it."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What `status` shows of it: workers, restarts, what failed lately."""
+        ...
+
+    def costs(self) -> dict[str, float]:
+        """Timing columns since the last call: what handing weights over has cost."""
+        ...
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Numbers of the run, for whoever watches it from outside."""
         ...
 
     def close(self) -> None: ...
 
 
 class InlineExecutor:
-    """One worker and the learner in this process, by turns. No Ray."""
+    """One worker and the learner in this process, by turns. No Ray.
+
+    With `play.max_staleness` above 0 it plays ahead as far as that allows and then learns: the same loop, with no time
+    gained.
+    """
 
     def __init__(self, config: Config, place: Place) -> None:
         self._config = config
         self._place = place
         self._worker: Worker | None = None
         self._trainer: Trainer | None = None
+        self._folders: dict[int, Path] = {}
+        self._version: int | None = None
+        self._units: deque[Unit] = deque()
+        self._playing = 0
+        self._jobs: deque[EvaluationJob] = deque()
+        self._phase: Callable[[], dict[str, Any]] | None = None
+        self._unsaved = False
+
+    @property
+    def learning(self) -> bool:
+        return self._unsaved
 
     @property
     def worker(self) -> Worker:
@@ -77,33 +132,74 @@ class InlineExecutor:
             self._trainer = Trainer(self._config, self._place)
         return self._trainer
 
-    def load(self, checkpoint: Path, version: int) -> None:
-        self.worker.load(checkpoint, version)
+    def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
+        self._folders[version] = checkpoint
+        if play:
+            self._version = version
 
-    def play(self, units: Sequence[Unit]) -> Iterator[Played]:
-        waiting = list(units)[::-1]
-        under_way = 0
-        while waiting or under_way:
-            while waiting and under_way < 2:
-                self.worker.enqueue(waiting.pop())
-                under_way += 1
-            yield self.worker.finish()
-            under_way -= 1
+    def submit(self, work: Unit | EvaluationJob) -> None:
+        if isinstance(work, Unit):
+            self._units.append(work)
+        else:
+            self._jobs.append(work)
 
-    def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[list[Answered]]:
-        return [self.worker.evaluate(job) for job in jobs]
+    def warm_up(self, progress: Progress) -> None:
+        self._phase, self._unsaved = lambda: self.trainer.warm_up(progress), True
 
-    def warm_up(self, progress: Progress) -> dict[str, Any]:
-        return self.trainer.warm_up(progress)
+    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
+        self._phase, self._unsaved = lambda: self.trainer.learn(iteration, shards, progress), True
+
+    def poll(self, seconds: float) -> list[Done]:  # noqa: ARG002 - it never waits
+        if self._jobs and not self._playing:
+            job = self._jobs.popleft()
+            self._load(job.policy_version)
+            return [Evaluated(job, self.worker.evaluate(job))]
+        if self._units or self._playing:
+            return [self._play()]
+        if self._phase is not None:
+            work, self._phase = self._phase, None
+            if self._config.cluster.by_turns and self._worker is not None:
+                self._worker.rest()
+            try:
+                return [Learned(work())]
+            except (NonFiniteLoss, Interrupted) as error:
+                return [Learned({}, error)]
+        return []
+
+    def _play(self) -> Played:
+        assert self._version is not None
+        while self._units and self._playing < 2 and not self._jobs:
+            if self._playing and self.worker.engine.version != self._version:
+                break  # what is under way ends with the weights that it began with
+            self._load(self._version)
+            self.worker.enqueue(replace(self._units.popleft(), policy_version=self._version))
+            self._playing += 1
+        self._playing -= 1
+        return self.worker.finish()
+
+    def _load(self, version: int) -> None:
+        self.worker.load(self._folders[version], version)
 
     def restore(self, checkpoint: Path) -> None:
         self.trainer.restore(checkpoint)
 
-    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> dict[str, Any]:
-        return self.trainer.learn(iteration, shards, progress)
-
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        return self.trainer.save(iteration, state)
+        path = self.trainer.save(iteration, state)
+        self._unsaved = False
+        return path
+
+    def stop(self) -> None:
+        if self._trainer is not None:
+            self._trainer.stop()
+
+    def facts(self) -> dict[str, Any]:
+        return {"workers": {"alive": 1, "wanted": 1}}
+
+    def costs(self) -> dict[str, float]:
+        return {}
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Nobody asks a single process."""
 
     def close(self) -> None:
         self._worker = None

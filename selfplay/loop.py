@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,23 @@ from mcts.tasks import load_task
 from mcts.types import Problem, SearchError
 from selfplay import checkpoint as checkpoints
 from selfplay.config import Config
-from selfplay.errors import NonFiniteLoss
-from selfplay.executor import Executor
+from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.evaluation import Evaluation
+from selfplay.executor import Executor, Learned
+from selfplay.fleet import Evaluated
 from selfplay.problems import SolveRates, draw_problems
 from selfplay.repair import incomplete, replayable
 from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
 from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
-from selfplay.stats import pass_at_k, wilson
+from selfplay.stats import wilson
 from selfplay.summary import PlaySummary, summarise_shards
-from selfplay.worker import Answered, EvaluationJob, Unit, chain_search, stream_seed, units_of
+from selfplay.worker import Played, Unit, stream_seed, units_of
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.5
+"""Longest wait for something to happen before the loop looks around."""
 COLLAPSE = 0.5
 """A dev score below this share of the best one so far, with intervals apart, is a collapse."""
 
@@ -52,13 +57,20 @@ Watcher = Callable[[Event], None]
 
 
 class Loop:
-    """Drives one run to its last iteration. `run` is open, `executor` ready; both are closed by the caller."""
+    """Drives one run to its last iteration. `run` is open, `executor` ready; both are closed by the caller.
+
+    With `play.max_staleness: 0` play, learning and evaluation alternate. With s above 0 the units of an iteration are
+    handed out as soon as all iterations but the s + 1 before it were learned from, so workers play while the learner
+    learns, with the newest weights there are; evaluations take their turn among the units. Which problems an
+    iteration plays depends on what was known s + 1 iterations before it, never on timing.
+    """
 
     def __init__(self, run: RunFolder, executor: Executor, watch: Watcher) -> None:
         self.run = run
         self.config: Config = run.config
         self.executor = executor
         self.watch = watch
+        self.staleness = self.config.play.max_staleness
         task = load_task(self.config.task.name, **self.config.task.settings)
         self.task = task
         self.problems: Sequence[Problem] = task.problems("train")
@@ -67,6 +79,31 @@ class Loop:
         self.began = time.perf_counter() - (before[-1]["wall_seconds"] if before else 0.0)
         self.learner_at: int | None = None
         """Checkpoint whose weights and optimiser state the learner holds."""
+        self.learned = 0
+        """Newest checkpoint there is."""
+        self.playing_with: int | None = None
+        """Checkpoint whose weights new units are played with."""
+        self.may_play = 0
+        """Newest iteration that alternation allows to be played."""
+        self.submitted = 0
+        """Newest iteration whose units were handed out."""
+        self.missing: dict[int, set[int]] = {}
+        """Parts without a shard, of each iteration under way."""
+        self.play_began: dict[int, float] = {}
+        self.play_ended: dict[int, float] = {}
+        self.evaluating: dict[int, Evaluation] = {}
+        self.learning: Learned | None = None
+        self.stopping = False
+
+    def stop(self) -> bool:
+        """Ask for an end that saves first; False where nothing needs saving: what was committed is safe anyway. A
+        learning phase saves its state and ends; a checkpoint that is being written is finished. `go` then raises
+        Interrupted."""
+        if not self.executor.learning:
+            return False
+        self.stopping = True
+        self.executor.stop()
+        return True
 
     def go(self) -> list[dict[str, Any]]:
         """Run what is missing; the rows of metrics.jsonl."""
@@ -75,28 +112,68 @@ class Loop:
             self._warm_up()
             last = 0
         else:
-            checkpoints.verify(checkpoints.path_of(self.run.checkpoints, last))
-        if not any(row["iteration"] == last for row in self.run.metrics()):
-            self._evaluate(last)
+            self.run.store.pull(f"checkpoints/{last:05d}")
+            checkpoints.verify(self._checkpoint(last))
+        self.learned = self.submitted = last
+        done = {row["iteration"] for row in self.run.metrics()}
+        for iteration in checkpoints.existing(self.run.checkpoints):
+            if iteration not in done:
+                self._evaluate(iteration)
         if last < self.config.iterations:
             self._repair(last)
         for iteration in range(last + 1, self.config.iterations + 1):
             self._iterate(iteration)
+        self._wait(lambda: not self.evaluating)
         return self.run.metrics()
+
+    def _checkpoint(self, iteration: int) -> Path:
+        return checkpoints.path_of(self.run.checkpoints, iteration)
 
     def _phase(self, phase: str, iteration: int) -> Callable[[int, int, dict[str, Any]], None]:
         """A progress callback for one phase; also the heartbeat."""
 
-        def progress(done: int, total: int, facts: dict[str, Any]) -> None:
-            self.run.heartbeat(phase=phase, iteration=iteration, done=done, total=total)
-            self.watch(Event(phase, iteration, done, total, facts))
-
+        progress = partial(self._report, phase, iteration)
         progress(0, 0, {})
         return progress
 
+    def _report(self, phase: str, iteration: int, done: int, total: int, facts: dict[str, Any]) -> None:
+        self.run.heartbeat(phase=phase, iteration=iteration, done=done, total=total, **self.executor.facts())
+        if phase == "play":
+            self.executor.show({"units_done": done, "units_total": total})
+        self.watch(Event(phase, iteration, done, total, facts))
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """See to whatever comes back, and to what may be played ahead, until something is the case."""
+        while not until():
+            if self.stopping and not self.executor.learning:
+                raise Interrupted("asked to stop")
+            self._play_ahead()
+            for done in self.executor.poll(POLL_SECONDS):
+                match done:
+                    case Played():
+                        self._commit(done)
+                    case Evaluated():
+                        self._answered(done)
+                    case Learned():
+                        self.learning = done
+
+    def _learned(self) -> dict[str, Any] | None:
+        """Wait for the learning phase under way; its metrics, None where its loss was not finite."""
+        self.learning = None
+        self._wait(lambda: self.learning is not None)
+        assert self.learning is not None
+        if isinstance(self.learning.error, NonFiniteLoss):
+            return None
+        if self.learning.error is not None:
+            raise self.learning.error
+        return self.learning.metrics
+
     def _warm_up(self) -> None:
         began = time.perf_counter()
-        metrics = self.executor.warm_up(self._phase("warm-up", 0))
+        self.executor.warm_up(self._phase("warm-up", 0))
+        metrics = self._learned()
+        if metrics is None:
+            raise NonFiniteLoss("the loss of the warm-up is not a finite number; lower learn.optimizer.lr")
         state = {
             "iteration": 0,
             "policy_version": 0,
@@ -108,19 +185,24 @@ class Loop:
         self.learner_at = 0
 
     def _iterate(self, iteration: int) -> None:
-        base = self._base(iteration)
-        previous = checkpoints.read_state(checkpoints.path_of(self.run.checkpoints, iteration - 1))
-        rates = SolveRates.from_state(previous["rates"])
-        # the newest weights play and are learned on; after a rollback they are those of the last good checkpoint
-        began = time.perf_counter()
-        summary = self._play(iteration, base, rates)
+        self._wait(lambda: len(self.evaluating) <= self.staleness)
+        base = self._base(iteration)  # the newest weights play, and are learned on; after a rollback the last good ones
+        self._publish(base, play=True)
+        self.may_play = iteration
+        self._phase("play", iteration)
+        self._wait(partial(self._is_played, iteration))
+        del self.missing[iteration]
+        summary = self._summary(iteration)
         played = time.perf_counter()
+        rates = SolveRates.from_state(checkpoints.read_state(self._checkpoint(iteration - 1))["rates"])
         rates.update(*summary.rates(self.index))
+        base = self._base(iteration)
         metrics = self._learn(iteration, base)
         diverged = metrics is None
         if diverged:
             log.warning("iteration %d: the loss was not finite; the weights of checkpoint %d are kept", iteration, base)
             self.executor.restore(checkpoint_name(base))
+        seconds = self.play_ended.pop(iteration) - self.play_began.pop(iteration)
         state = {
             "iteration": iteration,
             "policy_version": iteration,
@@ -130,17 +212,17 @@ class Loop:
             "metrics": {
                 **summary.metrics(),
                 **(metrics or {}),
-                "staleness": 0,
                 "rolled_back": diverged or base != iteration - 1,
             },
             "seconds": {
-                "play_seconds": played - began,
+                "play_seconds": seconds,
                 "learn_seconds": time.perf_counter() - played,
-                "tokens_per_second": summary.sampled / (played - began),
+                "tokens_per_second": summary.sampled / seconds if seconds else None,
+                **self.executor.costs(),
             },
         }
         self.executor.save(iteration, state)
-        self.learner_at = iteration
+        self.learner_at = self.learned = iteration
         self._evaluate(iteration)
 
     def _base(self, iteration: int) -> int:
@@ -148,8 +230,31 @@ class Loop:
         rows = [row for row in self.run.metrics() if row["iteration"] < iteration]
         return last_good(rows, default=iteration - 1)
 
-    def _units(self, iteration: int, base: int, rates: SolveRates) -> list[Unit]:
-        """All units of an iteration: a function of its arguments and the config."""
+    def _publish(self, version: int, *, play: bool) -> None:
+        """Make a checkpoint's weights known to the workers; with `play`, new units are played with them."""
+        if self.playing_with != version:
+            self.executor.publish(checkpoint_name(version), version, play=play)
+            self.playing_with = version if play else self.playing_with
+
+    def _play_ahead(self) -> None:
+        """Hand out the units of all iterations that may be played now."""
+        ahead = min(self.learned + 1 + self.staleness, self.config.iterations) if self.staleness else 0
+        while self.playing_with is not None and self.submitted < max(self.may_play, ahead):
+            self.submitted += 1
+            self._submit(self.submitted, self.playing_with)
+
+    def _submit(self, iteration: int, version: int) -> None:
+        known = checkpoints.read_state(self._checkpoint(max(0, iteration - 1 - self.staleness)))
+        units = list(self._units(iteration, SolveRates.from_state(known["rates"]), version))
+        self.run.store.pull(f"traces/iteration={iteration:05d}")
+        missing = [u for u in units if not shard_path(self.run.path, iteration, u.part).exists()]
+        self.missing[iteration] = {unit.part for unit in missing}
+        self.play_began[iteration] = self.play_ended[iteration] = time.perf_counter()
+        for unit in missing:
+            self.executor.submit(unit)
+
+    def _units(self, iteration: int, rates: SolveRates, version: int) -> Iterator[Unit]:
+        """The iteration's units: a function of the seed and of `rates`."""
         config = self.config.play
         if config.weighting == "uniform":
             weights = np.ones(len(self.problems))
@@ -160,37 +265,37 @@ class Loop:
             self.task.vary(p, stream_seed(self.config.seed, iteration, p.id))
             for p in map(self.problems.__getitem__, picks)
         ]
-        return list(units_of(problems, size=config.unit, iteration=iteration, policy_version=base))
-
-    def _play_missing(self, units: Sequence[Unit], base: int) -> None:
-        """Play and commit those units that were not committed yet."""
-        iteration = units[0].iteration
-        self.executor.load(checkpoint_name(base), base)
-        missing = [u for u in units if not shard_path(self.run.path, iteration, u.part).exists()]
-        progress = self._phase("play", iteration)
-        done = len(units) - len(missing)
-        progress(done, len(units), {})
-        for played in self.executor.play(missing):
-            self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
-            done += 1
-            progress(done, len(units), {})
+        return units_of(problems, size=config.unit, iteration=iteration, policy_version=version)
 
     def _repair(self, last: int) -> None:
         """Play those units again whose shards are missing though the coming learning phase needs them: a damaged shard
-        is deleted by hand. They come out as they were."""
+        is deleted by hand. With `max_staleness: 0` they come out as they were."""
         rows = self.run.metrics()
         for iteration in incomplete(self.run.path, rows, first=last + 2 - self.config.learn.window, last=last):
             log.warning("iteration %d lacks traces; what is missing is played again", iteration)
             base = self._base(iteration)
-            before = replayable(self.run.checkpoints, iteration, base, self.config.hash())
-            self._play_missing(self._units(iteration, base, SolveRates.from_state(before["rates"])), base)
+            replayable(self.run.checkpoints, iteration, base, self.config.hash())
+            self.executor.publish(checkpoint_name(base), base, play=True)
+            self._submit(iteration, base)
+            self._wait(partial(self._is_played, iteration))
+            del self.missing[iteration], self.play_began[iteration], self.play_ended[iteration]
 
-    def _play(self, iteration: int, base: int, rates: SolveRates) -> PlaySummary:
-        units = self._units(iteration, base, rates)
-        self._play_missing(units, base)
-        problems = sum(len(unit.problems) for unit in units)
+    def _is_played(self, iteration: int) -> bool:
+        return self.submitted >= iteration and not self.missing[iteration]
+
+    def _commit(self, played: Played) -> None:
+        iteration = played.unit.iteration
+        self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
+        missing = self.missing[iteration]
+        missing.remove(played.unit.part)
+        self.play_ended[iteration] = time.perf_counter()
+        total = math.ceil(self.config.play.problems / self.config.play.unit)
+        if iteration == self.learned + 1:
+            self._report("play", iteration, total - len(missing), total, {})
+
+    def _summary(self, iteration: int) -> PlaySummary:
         summary = summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
-        if summary.failed == problems:
+        if summary.failed == len(summary.problem_ids):
             raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")
         if summary.failed:
             log.warning("iteration %d: %d searches failed: %s", iteration, summary.failed, summary.failure)
@@ -200,67 +305,46 @@ class Loop:
         """The metrics of a learning phase; None where its loss was not finite."""
         if self.learner_at != base:
             self.executor.restore(checkpoint_name(base))
+            self.learner_at = base
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
         names = [shard.relative_to(self.run.path) for shard in shards]
-        try:
-            return self.executor.learn(iteration, names, self._phase("learn", iteration))
-        except NonFiniteLoss:
-            return None
+        self.executor.learn(iteration, names, self._phase("learn", iteration))
+        return self._learned()
 
     def _evaluate(self, iteration: int) -> None:
-        """Greedy pass@1 on dev and held-out, pass@k beside it; then the iteration's row of metrics.jsonl."""
+        """Begin to measure a checkpoint: greedy pass@1 on dev and held-out, pass@k beside it. Its row of metrics.jsonl
+        follows once all answers are there and the rows before it are written."""
         config = self.config
-        path = checkpoints.path_of(self.run.checkpoints, iteration)
-        state = checkpoints.read_state(path)
-        began = time.perf_counter()
-        row: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, **state["metrics"]}
+        evaluation = Evaluation(self.task, config, iteration, time.perf_counter())
+        self.evaluating[iteration] = evaluation
         if iteration % config.evaluate.every == 0 or iteration == config.iterations:
             self._phase("evaluate", iteration)
-            self.executor.load(checkpoint_name(iteration), iteration)
-            row |= self._scores(iteration)
-        row |= state["seconds"]
-        row["evaluate_seconds"] = time.perf_counter() - began
+            self._publish(iteration, play=self.staleness > 0 and iteration == self.learned)
+            for job in evaluation.jobs:
+                self.executor.submit(job)
+        else:
+            evaluation.waiting.clear()
+        self._write_rows()
+
+    def _answered(self, done: Evaluated) -> None:
+        self.evaluating[done.job.policy_version].take(done)
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        """The rows of all evaluations that are complete, oldest first."""
+        while self.evaluating and not self.evaluating[oldest := min(self.evaluating)].waiting:
+            self._row(oldest, self.evaluating.pop(oldest))
+
+    def _row(self, iteration: int, evaluation: Evaluation) -> None:
+        state = checkpoints.read_state(self._checkpoint(iteration))
+        row: dict[str, Any] = {"iteration": iteration, "policy_version": iteration, **state["metrics"]}
+        row |= evaluation.scores() | state["seconds"]
+        row["evaluate_seconds"] = time.perf_counter() - evaluation.began
         row["wall_seconds"] = time.perf_counter() - self.began
         self.run.append_metrics(row)
+        self.executor.show(row)
         self.watch(Event("iteration", iteration, facts=row))
         self._retain()
-
-    def _scores(self, iteration: int) -> dict[str, Any]:
-        heldout, dev = self.task.problems("heldout"), self.task.problems("dev")
-        greedy = chain_search(self.task, 1, 0.0)
-        jobs: dict[str, list[EvaluationJob]] = {}
-        for name, problems, search in (
-            ("heldout", heldout, greedy),
-            ("dev", dev, greedy),
-            *((("samples", heldout, chain_search(self.task, k, 1.0)),) if (k := self.config.evaluate.samples) else ()),
-        ):
-            jobs[name] = [
-                EvaluationJob(tuple(chunk), search, self.config.seed, iteration)
-                for chunk in chunks_of(problems, self.config.play.unit)
-            ]
-        answers = self.executor.evaluate([job for chunks in jobs.values() for job in chunks])
-        scores: dict[str, list[Answered]] = {}
-        for name, chunks in jobs.items():
-            scores[name] = [a for _ in chunks for a in answers.pop(0)]
-        failures = [a.failed for answers in scores.values() for a in answers if a.failed is not None]
-        if failures:
-            raise SearchError(f"{len(failures)} searches of the evaluation could not be done: {failures[0]}")
-        won = sum(a.won for a in scores["heldout"])
-        low, high = wilson(won, len(heldout))
-        row = {
-            "heldout_pass1": won / len(heldout),
-            "heldout_low": low,
-            "heldout_high": high,
-            "heldout_problems": len(heldout),
-            "dev_pass1": sum(a.won for a in scores["dev"]) / len(dev) if dev else None,
-            "dev_problems": len(dev),
-        }
-        if k := self.config.evaluate.samples:
-            samples = scores["samples"]
-            row[f"heldout_pass{k}"] = float(np.mean([pass_at_k(max(k, a.chains), a.chain_wins, k) for a in samples]))
-            row["heldout_sampled_pass1"] = float(np.mean([a.chain_wins / max(1, a.chains) for a in samples]))
-            row["distinct_steps"] = sum(a.distinct_steps for a in samples) / max(1, sum(a.steps for a in samples))
-        return row
 
     def _retain(self) -> None:
         """Delete what the config does not keep."""
@@ -275,11 +359,6 @@ class Loop:
         ages = trace_ages(store.listing("traces"))
         for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
             store.remove(f"traces/iteration={old:05d}")
-
-
-def checkpoint_name(iteration: int) -> Path:
-    """Of a checkpoint within the run, as executors take it: each node has its own path to the run."""
-    return checkpoints.path_of(Path("checkpoints"), iteration)
 
 
 def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
@@ -301,7 +380,6 @@ def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
     return int(best["iteration"]) if high < low else default
 
 
-def chunks_of(problems: Sequence[Problem], size: int) -> list[Sequence[Problem]]:
-    """Cut into chunks of nearly equal size, at most `size`, none empty."""
-    parts = math.ceil(len(problems) / size)
-    return [problems[len(problems) * i // parts : len(problems) * (i + 1) // parts] for i in range(parts)]
+def checkpoint_name(iteration: int) -> Path:
+    """Of a checkpoint within the run, as executors take it: each node has its own path to the run."""
+    return checkpoints.path_of(Path("checkpoints"), iteration)

@@ -18,7 +18,15 @@ from selfplay.store import Home, Place, RunError, Store, checkpoint_numbers, ope
 
 __all__ = ["PACKAGES", "TIMING_COLUMNS", "RunError", "RunFolder", "read_metrics"]
 
-TIMING_COLUMNS = ("wall_seconds", "play_seconds", "learn_seconds", "evaluate_seconds", "tokens_per_second")
+TIMING_COLUMNS = (
+    "wall_seconds",
+    "play_seconds",
+    "learn_seconds",
+    "evaluate_seconds",
+    "tokens_per_second",
+    "broadcast_bytes",
+    "broadcast_seconds",
+)
 """Columns of metrics.jsonl that may differ between a run and its repetition."""
 
 PACKAGES = ("mcts-selfplay", "torch", "transformers", "ray", "numpy", "pyarrow")

@@ -32,6 +32,8 @@ class PlaySummary:
     chains: list[int] = field(default_factory=list)
     steps: int = 0
     distinct_steps: int = 0
+    behind: int = 0
+    """Versions between what each search was played with and the newest that it could have been, summed."""
 
     def rates(
         self, index: Mapping[str, int]
@@ -54,6 +56,7 @@ class PlaySummary:
             "prefix_reuse": self.cached / needed if needed else None,
             "verifier_errors": self.errors,
             "failed": self.failed,
+            "staleness": self.behind / searches if searches else None,
             "play_distinct_steps": self.distinct_steps / self.steps if self.steps else None,
         }
 
@@ -64,6 +67,8 @@ def summarise_shards(shards: Sequence[Path]) -> PlaySummary:
     for shard in shards:
         for batch in iter_batches(shard):
             total.problem_ids += batch["problem_id"].to_pylist()
+            versions, iterations = (batch[name].to_numpy() for name in ("policy_version", "iteration"))
+            total.behind += int((iterations - 1 - versions).sum())
             verdicts = batch["verdict"].to_pylist()
             total.solved += verdicts.count("correct")
             total.errors += sum(v in ("timeout", "error") for v in verdicts)

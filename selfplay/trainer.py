@@ -44,6 +44,9 @@ class Trainer:
             raise RuntimeError("warm up or restore a checkpoint before learning")
         return self._learner
 
+    def stop(self) -> None:
+        """Nothing yet."""
+
     def _new_learner(self, policy: Policy, reference: Policy | None) -> Learner:
         config = self.config
         settings = LearnerSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections import deque
@@ -58,6 +59,8 @@ class EvaluationJob:
     search: SearchConfig
     seed: int
     policy_version: int
+    name: str = ""
+    """Tells the jobs of one evaluation apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,15 @@ def stream_seed(*key: object) -> int:
     """An unsigned 64-bit seed that depends on every part of `key` and on nothing else."""
     text = "\x1f".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def free_memory(device: str) -> None:
+    """Give back to the device what no longer has an owner."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def make_engine(
@@ -154,6 +166,13 @@ class Worker:
         else:
             self._engine.load(str(checkpoint), version)
 
+    def rest(self) -> None:
+        """Free the device's memory until the next `load`. No unit may be under way."""
+        if self._results:
+            raise RuntimeError("a unit is under way")
+        self._engine = self._driver = None
+        free_memory(self.config.model.device)
+
     @property
     def engine(self) -> TorchEngine | ServerEngine:
         if self._engine is None:
@@ -163,15 +182,29 @@ class Worker:
     def enqueue(self, unit: Unit) -> None:
         if unit.policy_version != self.engine.version:
             raise RuntimeError(f"unit wants policy {unit.policy_version}, loaded is {self.engine.version}")
-        if self._driver is None:
-            self._driver = Driver(self.engine, self.task, max_open=self.config.play.open_searches)
+        driver = self._drive()
         self._results[unit.name] = {}
         self._began[unit.name] = time.perf_counter()
-        for position, problem in enumerate(unit.problems):
+        for position, search in enumerate(self._searches(unit)):
+            self._where[search.seed] = (unit, position)
+            driver.submit(search)
+
+    def _drive(self) -> Driver:
+        if self._driver is None:
+            self._driver = Driver(self.engine, self.task, max_open=self.config.play.open_searches)
+        return self._driver
+
+    def _searches(self, unit: Unit) -> Iterator[Search]:
+        for problem in unit.problems:
             seed = stream_seed(self.config.seed, unit.iteration, problem.id, 0)
-            search = make_search(problem, self.config.play.search, seed, learning=True)
-            self._where[seed] = (unit, position)
-            self._driver.submit(search)
+            yield make_search(problem, self.config.play.search, seed, learning=True)
+
+    def record(self, unit: Unit, reason: str) -> Played:
+        """Write rows that say that the unit's problems could not be played, without playing them."""
+        self._began[unit.name] = time.perf_counter()
+        driver = self._drive()
+        self._results[unit.name] = {i: driver.fail(search, reason) for i, search in enumerate(self._searches(unit))}
+        return self._write(unit)
 
     def finish(self) -> Played:
         """Work until one unit is finished; write its pending shard."""

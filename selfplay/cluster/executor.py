@@ -1,216 +1,235 @@
-"""Workers and learner as actors of Ray."""
+"""The executor on Ray: a supervised fleet of workers, and the learners, driven from one thread."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from selfplay.cluster.gauges import Gauges
+from selfplay.cluster.learners import Learners
+from selfplay.cluster.nodes import Nodes, connect
+from selfplay.cluster.proof import prove
+from selfplay.cluster.weights import Weights, publish
+from selfplay.cluster.workers import RayFleet
 from selfplay.config import Config
-from selfplay.executor import Progress
+from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.executor import Done, Learned, Progress
+from selfplay.fleet import Evaluated
 from selfplay.run_folder import RunError
-from selfplay.store import Place
-from selfplay.trainer import Trainer
-from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
+from selfplay.store import Place, on_this_node
+from selfplay.supervisor import Complete, Supervisor
+from selfplay.units import join
+from selfplay.worker import EvaluationJob, Unit
 
 log = logging.getLogger(__name__)
-UNITS_PER_WORKER = 2
-"""Units that a worker holds at once: the next one's searches start while the last ones of a unit finish."""
-
-
-def _get(call: Any) -> Any:
-    """The result of an actor's call, or the error that it raised itself, without Ray's wrapping."""
-    try:
-        return ray.get(call)
-    except RayTaskError as error:
-        if isinstance(error.cause, Exception):
-            raise error.cause from None
-        raise
-
-
-class WorkerActor:
-    """A worker in a process of its own."""
-
-    def __init__(self, config: Config, place: Place) -> None:
-        self._worker = Worker(config, place)
-
-    def load(self, checkpoint: Path, version: int) -> None:
-        self._worker.load(checkpoint, version)
-
-    def enqueue(self, unit: Unit) -> None:
-        self._worker.enqueue(unit)
-
-    def finish(self) -> Played:
-        return self._worker.finish()
-
-    def evaluate(self, job: EvaluationJob) -> list[Answered]:
-        return self._worker.evaluate(job)
-
-    def process_id(self) -> int:
-        return os.getpid()
-
-
-class LearnerActor:
-    """The learner in a process of its own. Its progress is asked for by the driver between two chunks of work."""
-
-    def __init__(self, config: Config, place: Place) -> None:
-        self._trainer = Trainer(config, place)
-        self._progress: tuple[int, int, dict[str, Any]] = (0, 0, {})
-
-    def _note(self, done: int, total: int, facts: dict[str, Any]) -> None:
-        self._progress = (done, total, facts)
-
-    def progress(self) -> tuple[int, int, dict[str, Any]]:
-        return self._progress
-
-    def warm_up(self) -> dict[str, Any]:
-        return self._trainer.warm_up(self._note)
-
-    def restore(self, checkpoint: Path) -> None:
-        self._trainer.restore(checkpoint)
-
-    def learn(self, iteration: int, shards: Sequence[Path]) -> dict[str, Any]:
-        return self._trainer.learn(iteration, shards, self._note)
-
-    def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        return self._trainer.save(iteration, state)
-
-    def process_id(self) -> int:
-        return os.getpid()
+PROGRESS_SECONDS = 0.5
+EVENTS_KEPT = 20
+"""Lines about what failed that `status` shows."""
 
 
 class RayExecutor:
-    """Workers and learner as actors of a local Ray that this process starts and ends."""
+    """Workers and learners as actors of a Ray of its own, or of a cluster that it joins."""
 
     def __init__(self, config: Config, place: Place) -> None:
         self._config = config
         self._place = place
-        self._restarts = config.cluster.restarts
-        self._checkpoint: tuple[Path, int] | None = None
-        start_local_ray(config)
-        self._learner = ray.remote(LearnerActor).options(num_cpus=0, max_concurrency=2).remote(config, place)
-        self._workers = [self._new_worker() for _ in range(_count(config))]
+        self._store = place.open()
+        self._lately: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        connect(config)
+        self._nodes = Nodes(config)
+        prove(self._nodes, self._store)
+        self._fleet = RayFleet(config, place, self._nodes)
+        cluster = config.cluster
+        self._supervisor = Supervisor(
+            self._fleet,
+            time.monotonic,
+            restarts=cluster.restarts,
+            lease_seconds=cluster.lease_seconds,
+            silence_seconds=cluster.silence_seconds,
+            deaths_alone=cluster.deaths_alone,
+            note=self._note,
+        )
+        self._gauges = Gauges(place.run_id)
+        self._published: dict[int, Weights] = {}
+        self._learners = Learners(config, place)
+        self._at: Path | None = None
+        """Checkpoint that the learners begin from after a restart; None: from the config."""
+        self._phase: Callable[[], Any] | None = None
+        self._call: Any = None
+        self._progress: Progress | None = None
+        self._asked = 0.0
+        self._stopping = False
 
-    def _new_worker(self) -> Any:
-        actor = ray.remote(WorkerActor).options(num_cpus=0).remote(self._config, self._place)
-        if self._checkpoint is not None:
-            actor.load.remote(*self._checkpoint)
-        return actor
+    @property
+    def learning(self) -> bool:
+        return self._phase is not None
 
-    def load(self, checkpoint: Path, version: int) -> None:
-        self._checkpoint = (checkpoint, version)
-        for i, worker in enumerate(self._workers):
-            try:
-                _get(worker.load.remote(checkpoint, version))
-            except RayActorError:
-                self._replace(i)
+    def _note(self, line: str) -> None:
+        self._lately.append({"time": time.time(), "line": line})
 
-    def _replace(self, index: int) -> None:
-        """A new actor in the place of a dead one, within the budget of restarts."""
-        if self._restarts == 0:
+    def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
+        if version not in self._published:
+            checkpoint = on_this_node(self._store, checkpoint)
+            if self._config.engine.kind == "server":  # a server reads the folder itself
+                weights = Weights(version, self._place.run_id, 0, (), checkpoint)
+            else:
+                weights = publish(checkpoint, version, self._place.run_id)
+            self._fleet.publish(weights)
+            self._published = {version: weights}
+        if play:
+            self._supervisor.version = version
+
+    def submit(self, work: Unit | EvaluationJob) -> None:
+        self._supervisor.submit(work)
+
+    def warm_up(self, progress: Progress) -> None:
+        self._begin(lambda: self._learners.warm_up(), progress)
+
+    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
+        self._begin(lambda: self._learners.learn(iteration, shards), progress)
+
+    def _begin(self, phase: Callable[[], Any], progress: Progress) -> None:
+        if self._config.cluster.by_turns:
+            self._fleet.rest()
+        self._phase, self._progress, self._call = phase, progress, phase()
+
+    def poll(self, seconds: float) -> list[Done]:
+        done: list[Done] = []
+        if self._stopping and self._call is not None:
+            self._stopping = False
+            self._learners.stop()
+        for found in self._supervisor.poll(0.0 if self._learning_is_done() else min(seconds, PROGRESS_SECONDS)):
+            match found:
+                case Complete():
+                    done.append(join(self._store, self._config, found))
+                case Evaluated():
+                    done.append(found)
+        strays, self._supervisor.strays[:] = list(self._supervisor.strays), []
+        for stray in strays:
+            self._store.remove(stray)
+        if self._learning_is_done():
+            learned = self._take_learned()
+            if learned is not None:
+                done.append(learned)
+        elif self._call is not None:
+            self._show_progress()
+        return done
+
+    def _learning_is_done(self) -> bool:
+        return self._call is not None and bool(ray.wait([self._call], timeout=0)[0])
+
+    def _take_learned(self) -> Learned | None:
+        """What came of the phase; None where the learners died and it was begun again."""
+        call, self._call = self._call, None
+        try:
+            return Learned(ray.get(call))
+        except RayTaskError as error:
+            if isinstance(error.cause, NonFiniteLoss | Interrupted):
+                self._phase = None
+                return Learned({}, error.cause)
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except RayError as error:
+            assert self._phase is not None
+            self._revive(error)
+            self._call = self._phase()
+            return None
+
+    def _revive(self, error: Exception) -> None:
+        """Learners anew, on the checkpoint that the dead ones began from; within the budget of restarts."""
+        if self._supervisor.restarts_left <= 0:
             raise RunError(
-                "workers keep dying and the budget cluster.restarts is used up; see Ray's logs, then `selfplay resume`"
-            )
-        self._restarts -= 1
-        log.warning("worker %d died; %d restarts left", index, self._restarts)
-        self._workers[index] = self._new_worker()
+                "learners keep dying and the budget cluster.restarts is used up; see Ray's logs, then `selfplay resume`"
+            ) from error
+        self._supervisor.restarts_left -= 1
+        self._supervisor.counts.restarts += 1
+        line = (
+            f"a learner died ({str(error).splitlines()[0][:160]}); it starts again from "
+            f"{'the beginning' if self._at is None else f'checkpoint {self._at.name}'} or what the phase saved since; "
+            f"{self._supervisor.restarts_left} restarts left"
+        )
+        log.warning(line)
+        self._note(line)
+        self._learners.restart()
+        if self._at is not None:
+            self._answer(lambda: self._learners.restore(self._at))
 
-    def play(self, units: Sequence[Unit]) -> Iterator[Played]:
-        waiting = list(units)[::-1]
-        held: list[dict[str, Unit]] = [{} for _ in self._workers]
-        under_way: dict[Any, int] = {}  # finish() call -> worker
-
-        def feed(index: int) -> None:
-            while waiting and len(held[index]) < UNITS_PER_WORKER:
-                unit = waiting.pop()
-                held[index][unit.name] = unit
-                self._workers[index].enqueue.remote(unit)
-            if held[index]:
-                under_way[self._workers[index].finish.remote()] = index
-
-        for i in range(len(self._workers)):
-            feed(i)
-        while under_way:
-            (done,), _ = ray.wait(list(under_way), num_returns=1)
-            index = under_way.pop(done)
-            try:
-                played: Played = _get(done)
-            except RayActorError:
-                self._replace(index)
-                waiting.extend(held[index].values())
-                held[index].clear()
-                feed(index)
-                continue
-            del held[index][played.unit.name]
-            feed(index)
-            yield played
-
-    def evaluate(self, jobs: Sequence[EvaluationJob]) -> list[list[Answered]]:
-        waiting = list(enumerate(jobs))[::-1]
-        answers: dict[int, list[Answered]] = {}
-        under_way: dict[Any, tuple[int, tuple[int, EvaluationJob]]] = {}
-
-        def feed(index: int) -> None:
-            if waiting:
-                item = waiting.pop()
-                under_way[self._workers[index].evaluate.remote(item[1])] = (index, item)
-
-        for i in range(len(self._workers)):
-            feed(i)
-        while under_way:
-            (done,), _ = ray.wait(list(under_way), num_returns=1)
-            index, item = under_way.pop(done)
-            try:
-                answers[item[0]] = _get(done)
-            except RayActorError:
-                self._replace(index)
-                waiting.append(item)
-            feed(index)
-        return [answers[i] for i in range(len(jobs))]
-
-    def _follow(self, call: Any, progress: Progress) -> dict[str, Any]:
-        """Wait for a learner call, passing its progress on."""
+    def _answer(self, call: Callable[[], Any]) -> Any:
+        """The result of a short learner call, made again where the learners die under it."""
         while True:
-            done, _ = ray.wait([call], timeout=0.5)
-            if done:
-                result: dict[str, Any] = _get(call)
-                return result
-            progress(*_get(self._learner.progress.remote()))
+            try:
+                return ray.get(call())
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except RayError as error:
+                self._revive(error)
 
-    def warm_up(self, progress: Progress) -> dict[str, Any]:
-        return self._follow(self._learner.warm_up.remote(), progress)
+    def _show_progress(self) -> None:
+        now = time.monotonic()
+        if self._progress is None or now - self._asked < PROGRESS_SECONDS:
+            return
+        self._asked = now
+        found = self._learners.progress()
+        if found is not None:
+            self._progress(*found)
 
     def restore(self, checkpoint: Path) -> None:
-        _get(self._learner.restore.remote(checkpoint))
-
-    def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> dict[str, Any]:
-        return self._follow(self._learner.learn.remote(iteration, shards), progress)
+        self._at = checkpoint
+        self._answer(lambda: self._learners.restore(checkpoint))
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        path: Path = _get(self._learner.save.remote(iteration, state))
+        """A learner that dies before its weights are saved takes them along: the phase is done again then."""
+        while True:
+            try:
+                path: Path = ray.get(self._learners.save(iteration, state))
+                break
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            except RayError as error:
+                self._revive(error)
+                if self._phase is not None:
+                    self._answer(self._phase)
+        self._at = path
+        self._phase = None
+        if self._config.cluster.by_turns:
+            self._learners.rest()
         return path
 
+    def stop(self) -> None:
+        self._stopping = True
+
+    def facts(self) -> dict[str, Any]:
+        counts, alive, wanted = self._supervisor.counts, self._supervisor.alive, self._fleet.wanted()
+        self._gauges.set("workers_alive", alive)
+        self._gauges.set("workers_wanted", wanted)
+        self._gauges.set("restarts", counts.restarts)
+        self._gauges.set("lease_losses", counts.leases_lost)
+        return {
+            "workers": {"alive": alive, "wanted": wanted},
+            "restarts": counts.restarts,
+            "restarts_left": self._supervisor.restarts_left,
+            "leases_lost": counts.leases_lost,
+            "failed_problems": counts.failed_problems,
+            "events": list(self._lately),
+        }
+
+    def costs(self) -> dict[str, float]:
+        fetched, self._fleet.fetched[:] = list(self._fleet.fetched), []
+        return {
+            "broadcast_bytes": float(sum(one.bytes for one in fetched)),
+            "broadcast_seconds": max((one.seconds for one in fetched), default=0.0),
+        }
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        self._gauges.set_row(figures)
+
     def close(self) -> None:
+        self._fleet.close()
+        self._learners.kill()
         ray.shutdown()
-
-
-def _count(config: Config) -> int:
-    return 2 if config.cluster.workers == "fit" else config.cluster.workers
-
-
-def start_local_ray(config: Config) -> None:
-    """A Ray of our own on this machine, without dashboard; its processes die with this one."""
-    threads = str(max(config.cluster.worker_threads, config.cluster.learner_threads))
-    ray.init(
-        num_cpus=_count(config) + 1,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _system_config={"worker_niceness": 0},  # ours is the job that this machine is for
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
-    )

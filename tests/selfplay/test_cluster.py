@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from selfplay.shards import iter_rows
+from tests.selfplay.deadly import EVERY
 from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome, run_child
 from tests.selfplay.tiny_run import CONFIG
 
 pytestmark = pytest.mark.cluster
+DEADLY = "task: {name: tests.selfplay.deadly.Deadly}"
 
 
 def test_two_ray_workers_and_a_killed_one_give_what_one_process_gives(tmp_path: Path) -> None:
@@ -61,6 +64,24 @@ def test_a_ray_job_killed_as_a_whole_and_resumed_gives_what_one_process_gives(tm
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")
+
+
+@pytest.mark.slow
+def test_a_problem_that_kills_its_worker_is_found_and_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+    config = tmp_path / "deadly.yaml"
+    text = CONFIG.replace("task: {name: countdown, numbers: 3, heldout_problems: 24, dev_problems: 16}", DEADLY)
+    text = text.replace("executor: inline", "executor: ray, workers: 2, restarts: 40")
+    config.write_text(text.replace("iterations: 2", "iterations: 1"), encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(iter_rows(tmp_path / "run"))
+    assert len(rows) == 24
+    failed = {row["problem_id"]: row["error"] for row in rows if row["ended"] == "failed"}
+    deadly = {row["problem_id"] for row in rows if sum(row["problem_id"].encode()) % EVERY == 0}
+    assert failed
+    assert set(failed) <= deadly  # one whose steps were never judged killed nobody
+    assert all("SIGSEGV" in why for why in failed.values())
 
 
 def kill_all(driver: int) -> None:

@@ -10,9 +10,11 @@ import pytest
 from safetensors.torch import load_file
 
 from selfplay.errors import NonFiniteLoss
+from selfplay.evaluation import chunks_of
 from selfplay.executor import InlineExecutor
-from selfplay.loop import Loop, chunks_of, last_good
+from selfplay.loop import Loop, last_good
 from selfplay.run_folder import RunFolder
+from selfplay.shards import iter_rows
 from tests.selfplay.tiny_run import tiny_config
 
 
@@ -45,10 +47,13 @@ def test_chunks_for_workers_lose_nothing_and_are_even() -> None:
 class Diverging(InlineExecutor):
     """Learning fails in iteration 1."""
 
-    def learn(self, iteration: int, *arguments: Any) -> dict[str, Any]:
+    def learn(self, iteration: int, *arguments: Any) -> None:
+        super().learn(iteration, *arguments)
         if iteration == 1:
-            raise NonFiniteLoss("the loss is not a finite number")
-        return super().learn(iteration, *arguments)
+            self._phase = self._diverge
+
+    def _diverge(self) -> dict[str, Any]:
+        raise NonFiniteLoss("the loss is not a finite number")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_weights_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -65,3 +70,35 @@ def test_a_loss_that_is_not_finite_keeps_the_weights_and_the_run_goes_on(tmp_pat
     assert all(bool((before[k] == kept[k]).all()) for k in before)
     assert not all(bool((kept[k] == after[k]).all()) for k in kept)
     assert json.loads((run.path / "heartbeat.json").read_text())["iteration"] == 2
+
+
+def play_versions(run: Path) -> dict[int, set[int]]:
+    """Policy versions of the rows of each iteration."""
+    found: dict[int, set[int]] = {}
+    for row in iter_rows(run, columns=["iteration", "policy_version"]):
+        found.setdefault(row["iteration"], set()).add(row["policy_version"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("staleness", "expected"),
+    [
+        (0, {1: {0}, 2: {1}, 3: {2}, 4: {3}}),
+        (1, {1: {0}, 2: {0}, 3: {1}, 4: {2}}),
+        (2, {1: {0}, 2: {0}, 3: {0}, 4: {1}}),
+    ],
+)
+def test_play_runs_ahead_by_at_most_so_many_versions_and_drops_nothing(
+    tmp_path: Path, staleness: int, expected: dict[int, set[int]]
+) -> None:
+    config = tiny_config("iterations=4", f"play.max_staleness={staleness}")
+    run = RunFolder.create(tmp_path / "run", config)
+    executor = InlineExecutor(config, run.place)
+    rows = Loop(run, executor, lambda _: None).go()
+    executor.close()
+    run.close()
+    assert play_versions(run.path) == expected
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["problems"] for row in rows[1:]] == [24] * 4
+    assert all(row["heldout_pass1"] is not None for row in rows)
+    assert [row["staleness"] for row in rows[1:]] == [i - 1 - min(v) for i, v in expected.items()]

@@ -125,13 +125,9 @@ def main(moment: str, run: str, given: str | None = None) -> None:
 
     if moment != "never":
         arrange(moment)
-    from selfplay.store import RunError, local_copy
+    from selfplay.store import holds_run
 
-    try:
-        launched = (local_copy(run, "run.json") / "run.json").exists()
-    except RunError:  # nothing there
-        launched = False
-    if launched:
+    if holds_run(run):
         sys.argv = ["selfplay", "resume", run]
     else:
         config = Path(run).parent / "tiny.yaml" if given is None else Path(given)

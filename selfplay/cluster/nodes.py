@@ -1,0 +1,139 @@
+"""The Ray that a run lives in: one of its own on this machine, or a cluster that it joins; its nodes and their room."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from selfplay.config import Config
+from selfplay.run_folder import RunError
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 2.0
+"""Between two looks at which nodes there are."""
+DRIVER_GRACE_SECONDS = 120.0
+"""How long nodes may take to answer whether they see the run."""
+
+
+def connect(config: Config) -> None:
+    """Start a Ray of our own without dashboard, whose processes end with this one, or join the one at
+    `cluster.address`. Raises RunError where that cannot be reached."""
+    cluster = config.cluster
+    threads = str(cluster.worker_threads)
+    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **_passed_on()}
+    if cluster.address is None:
+        ray.init(
+            num_cpus=math.ceil(_own_workers(config) * cluster.worker_cpus + cluster.learners * cluster.learner_cpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _system_config={"worker_niceness": 0},  # ours is the job that this machine is for
+            runtime_env={"env_vars": environment},
+        )
+        return
+    try:
+        ray.init(
+            address=cluster.address, log_to_driver=False, configure_logging=False, runtime_env={"env_vars": environment}
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"cannot join the Ray cluster at {cluster.address}: {str(error).splitlines()[0]}; start it with "
+            "`ray start`, or leave out --address to run on this machine alone"
+        ) from error
+
+
+def _passed_on() -> dict[str, str]:
+    """Settings of this process that those on other nodes need."""
+    names = [name for name in os.environ if name.startswith(("AWS_", "SELFPLAY_")) or name == "PYTHONPATH"]
+    return {name: os.environ[name] for name in names}
+
+
+def _own_workers(config: Config) -> int:
+    """Workers on a Ray of our own: `fit` leaves room for the learners."""
+    cluster = config.cluster
+    if cluster.workers != "fit":
+        return cluster.workers
+    cores = os.cpu_count() or 1
+    return max(1, int((cores - cluster.learners * cluster.learner_cpus) // cluster.worker_cpus))
+
+
+class Nodes:
+    """Which nodes there are and how many workers they have room for."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._looked = -math.inf
+        self._fit = 0
+        self.unfit: set[str] = set()
+        """Nodes that do not see the run; no worker is placed there."""
+
+    def alive(self) -> list[dict[str, Any]]:
+        return [node for node in ray.nodes() if node["Alive"]]
+
+    def workers_wanted(self) -> int:
+        workers = self._config.cluster.workers
+        if workers != "fit":
+            return workers
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            found = self._room()
+            if found != self._fit:
+                log.info("room for %d workers (before: %d)", found, self._fit)
+            self._fit = found
+        return self._fit
+
+    def _room(self) -> int:
+        """Workers that fit on all nodes beside the learners, which are taken to sit where most room is."""
+        cluster = self._config.cluster
+        rooms = []
+        for node in self.alive():
+            has = node["Resources"]
+            rooms.append([has.get("CPU", 0.0), has.get("GPU", 0.0)])
+        for _ in range(cluster.learners):
+            rooms.sort(reverse=True)
+            if rooms:
+                rooms[0][0] -= cluster.learner_cpus
+                rooms[0][1] -= cluster.learner_gpus
+        return sum(_fits(cpus, gpus, cluster.worker_cpus, cluster.worker_gpus) for cpus, gpus in rooms)
+
+    def place_worker(self, actor_class: Any) -> Any:
+        """`actor_class` with the resources of a worker, spread over the nodes (Ray packs otherwise)."""
+        cluster = self._config.cluster
+        strategy = "SPREAD" if cluster.address is not None else "DEFAULT"
+        return actor_class.options(
+            num_cpus=cluster.worker_cpus,
+            num_gpus=cluster.worker_gpus,
+            scheduling_strategy=strategy,
+            max_restarts=0,
+        )
+
+    def on_each(self, task: Any, *arguments: Any) -> dict[str, tuple[str, Any]]:
+        """Run a Ray task once on every node: node id -> (address, its result or the error that it raised)."""
+        calls = {}
+        for node in self.alive():
+            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            calls[node["NodeID"]] = (
+                node["NodeManagerAddress"],
+                task.options(num_cpus=0, scheduling_strategy=pinned).remote(*arguments),
+            )
+        found: dict[str, tuple[str, Any]] = {}
+        for node_id, (address, call) in calls.items():
+            try:
+                found[node_id] = (address, ray.get(call, timeout=DRIVER_GRACE_SECONDS))
+            except ray.exceptions.RayTaskError as error:
+                found[node_id] = (address, error.cause if isinstance(error.cause, Exception) else error)
+            except ray.exceptions.RayError as error:
+                found[node_id] = (address, error)
+        return found
+
+
+def _fits(cpus: float, gpus: float, worker_cpus: float, worker_gpus: float) -> int:
+    by_cpu = int((cpus + 1e-6) // worker_cpus)
+    return max(0, by_cpu if not worker_gpus else min(by_cpu, int((gpus + 1e-6) // worker_gpus)))

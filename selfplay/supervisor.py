@@ -1,0 +1,337 @@
+"""Who plays what: leases of work to workers that may die, fall silent or be cut off. No Ray, and no clock of its own.
+
+Every piece of work is leased to one worker at a time. A lease ends with its result, with its worker's end, or at its
+deadline; what was lost goes to another worker, and a result that comes from a lease that ended is dropped, so each
+piece is delivered exactly once.
+
+A unit whose worker died, or did not end in time, may hold a problem that kills. After the second such death it is cut
+in half, each half is played by a worker that plays nothing else, and a half that kills is cut again. A single problem
+is played in a process of its own, so that what ended it is known: only deaths that the process brought on itself
+count, never the loss of a node, an ended lease, or a signal from outside. After `deaths_alone` of them the problem is
+recorded as failed, with the reason, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from selfplay.fleet import (
+    Alone,
+    Casualty,
+    Cause,
+    Evaluated,
+    Finished,
+    Fleet,
+    FleetEvent,
+    Lost,
+    Order,
+    Raised,
+    Ready,
+    Record,
+    Result,
+    unit_of,
+)
+from selfplay.run_folder import RunError
+from selfplay.worker import EvaluationJob, Played, Unit
+
+log = logging.getLogger(__name__)
+UNITS_PER_WORKER = 2
+"""Units that a worker holds at once: the next one's searches start while the last ones of a unit finish."""
+DEATHS_TOGETHER = 2
+"""Deaths under a whole unit before it is cut: one may be chance, or the fault of the unit played beside it."""
+SUSPICIOUS = (Cause.DIED, Cause.EXPIRED)
+"""What a problem can do to its worker."""
+OUTSIDE_DEATHS = 20
+"""Times that a lone problem's process may be killed from outside before the run stops and says so."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A piece of work that waits or is leased."""
+
+    order: Order
+    whole: Unit | None = None
+    """The unit that this is a part of (or the whole of)."""
+    first: int = 0
+    """Place of its first problem in `whole`."""
+    deaths: int = 0
+    """Of workers that held it."""
+    own_deaths: int = 0
+    outside_deaths: int = 0
+    exclusive: bool = False
+    """Its worker holds nothing else."""
+
+
+@dataclass(slots=True)
+class Lease:
+    job: Job
+    worker: int
+    deadline: float
+    version: int
+
+
+@dataclass(slots=True)
+class _Worker:
+    node: str | None = None
+    """None until it is up."""
+    seen: float = 0.0
+    leases: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """A unit is played: its pending parts, in the order of its problems (one, unless it was cut)."""
+
+    unit: Unit
+    parts: tuple[Played, ...]
+
+    @property
+    def seconds(self) -> float:
+        return max(part.seconds for part in self.parts)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What went wrong so far, and was mended."""
+
+    restarts: int = 0
+    leases_lost: int = 0
+    late_results: int = 0
+    cut_units: int = 0
+    failed_problems: int = 0
+
+
+class Supervisor:
+    """Hands work to a fleet until it is done. Not thread-safe: one thread submits and polls.
+
+    `clock` gives seconds from any zero, of this machine alone. Raises RunError from `poll` when more workers were
+    lost than the budget `restarts` allows, which each finished unit refills by one.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        clock: Callable[[], float],
+        *,
+        restarts: int,
+        lease_seconds: float,
+        silence_seconds: float,
+        deaths_alone: int,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._fleet = fleet
+        self._clock = clock
+        self._limit = self.restarts_left = restarts
+        self._lease_seconds = lease_seconds
+        self._silence_seconds = silence_seconds
+        self._deaths_alone = deaths_alone
+        self._note = note
+        self._workers: dict[int, _Worker] = {}
+        self._leases: dict[int, Lease] = {}
+        self._next_lease = 0
+        self._waiting: deque[Job] = deque()
+        self._parts: dict[str, dict[int, Played]] = {}  # unit name -> first problem -> what came of the part
+        self._delivered: list[Complete | Evaluated] = []
+        self.strays: list[str] = []
+        """Pending files of leases that had ended; nobody will commit them."""
+        self.version: int | None = None
+        """Weights that units are played with from now on."""
+        self.counts = Counts()
+
+    @property
+    def alive(self) -> int:
+        return sum(worker.node is not None for worker in self._workers.values())
+
+    @property
+    def outstanding(self) -> int:
+        """Pieces of work that wait or are leased."""
+        return len(self._waiting) + len(self._leases)
+
+    def submit(self, order: Unit | EvaluationJob) -> None:
+        """Evaluations go before units: the learner may wait for them."""
+        if isinstance(order, EvaluationJob):
+            self._waiting.appendleft(Job(order, exclusive=True))
+        else:
+            self._parts[order.name] = {}
+            self._waiting.append(Job(order, whole=order))
+
+    def poll(self, seconds: float) -> list[Complete | Evaluated]:
+        """What has been completed, waiting up to `seconds` for something to happen."""
+        self._staff()
+        self._hand_out()
+        for event in self._fleet.events(seconds):
+            self._take(event)
+        self._look_at_the_clock()
+        self._staff()
+        self._hand_out()
+        delivered, self._delivered = self._delivered, []
+        return delivered
+
+    def _staff(self) -> None:
+        for _ in range(self._fleet.wanted() - len(self._workers)):
+            self._workers[self._fleet.start()] = _Worker(seen=self._clock())
+
+    def _hand_out(self) -> None:
+        """Give waiting work to workers with room, the emptiest first."""
+        while self._waiting:
+            found = self._place(self._waiting[0])
+            if found is None:
+                return
+            self._lease(found, self._waiting.popleft())
+
+    def _place(self, job: Job) -> int | None:
+        version = self._version_of(job)
+        best: tuple[int, int] | None = None
+        for number, worker in self._workers.items():
+            if worker.node is None or len(worker.leases) >= UNITS_PER_WORKER:
+                continue
+            held = [self._leases[lease] for lease in worker.leases]
+            if held and (job.exclusive or any(h.job.exclusive or h.version != version for h in held)):
+                continue
+            if best is None or len(held) < best[0]:
+                best = (len(held), number)
+                if not held:
+                    break
+        return None if best is None else best[1]
+
+    def _version_of(self, job: Job) -> int:
+        if isinstance(job.order, EvaluationJob):
+            return job.order.policy_version
+        if self.version is None:
+            raise RuntimeError("publish weights before units are played")
+        if job.whole is not None and len(job.whole.problems) != len(unit_of(job.order).problems):
+            return unit_of(job.order).policy_version  # parts of a unit are played with the same weights
+        return self.version
+
+    def _lease(self, worker: int, job: Job) -> None:
+        version = self._version_of(job)
+        if isinstance(job.order, Unit):
+            job.order = replace(job.order, policy_version=version)
+            if job.whole is not None and len(job.whole.problems) == len(job.order.problems):
+                job.whole = job.order
+        lease, self._next_lease = self._next_lease, self._next_lease + 1
+        self._leases[lease] = Lease(job, worker, self._clock() + self._lease_seconds, version)
+        self._workers[worker].leases.append(lease)
+        self._fleet.send(worker, lease, job.order)
+
+    def _take(self, event: FleetEvent) -> None:
+        worker = self._workers.get(event.worker)
+        if isinstance(event, Finished) and event.lease not in self._leases:
+            self.counts.late_results += 1
+            if isinstance(event.result, Played):
+                self.strays.append(event.result.pending)
+        if worker is None:
+            return  # it was given up before
+        worker.seen = self._clock()
+        match event:
+            case Ready():
+                worker.node = event.node
+            case Finished() if event.lease in worker.leases:
+                worker.leases.remove(event.lease)
+                self._finish(self._leases.pop(event.lease), event.result)
+            case Lost():
+                self._lose(event.worker, event.cause, event.detail)
+            case Raised():
+                raise event.error
+
+    def _finish(self, lease: Lease, result: Result) -> None:
+        job = lease.job
+        match result:
+            case Casualty():
+                self._casualty(job, result)
+            case Played():
+                assert job.whole is not None
+                parts = self._parts[job.whole.name]
+                parts[job.first] = result
+                if sum(len(part.unit.problems) for part in parts.values()) == len(job.whole.problems):
+                    del self._parts[job.whole.name]
+                    self._delivered.append(Complete(job.whole, tuple(parts[i] for i in sorted(parts))))
+                    self.restarts_left = min(self._limit, self.restarts_left + 1)
+            case _:
+                assert isinstance(job.order, EvaluationJob)
+                self._delivered.append(Evaluated(job.order, result))
+
+    def _casualty(self, job: Job, found: Casualty) -> None:
+        unit = unit_of(job.order)
+        problem = unit.problems[0].id
+        if found.own:
+            job.own_deaths += 1
+        else:
+            job.outside_deaths += 1
+        self._say(f"problem {problem}, played alone: {found.reason}")
+        if job.own_deaths >= self._deaths_alone:
+            self.counts.failed_problems += 1
+            self._say(f"problem {problem} is recorded as failed: {found.reason}")
+            job.order = Record(unit, f"it ended its worker {job.own_deaths} times when played alone: {found.reason}")
+        elif job.outside_deaths >= OUTSIDE_DEATHS:
+            raise RunError(
+                f"problem {problem} was killed from outside {OUTSIDE_DEATHS} times, last so: {found.reason}; find out "
+                "what kills it (memory?), then `selfplay resume`"
+            )
+        self._waiting.appendleft(job)
+
+    def _look_at_the_clock(self) -> None:
+        now = self._clock()
+        for number, worker in list(self._workers.items()):
+            if worker.node is None:
+                continue  # starting, or waiting for room: the fleet says when that fails
+            if now - worker.seen > self._silence_seconds:
+                self._lose(number, Cause.SILENT, f"for {now - worker.seen:.0f} s")
+            elif any(now > self._leases[lease].deadline for lease in worker.leases):
+                self._lose(number, Cause.EXPIRED, f"after {self._lease_seconds:.0f} s")
+
+    def _lose(self, number: int, cause: Cause, detail: str) -> None:
+        """A worker is gone, or given up: its work goes to others."""
+        worker = self._workers.pop(number)
+        self._fleet.kill(number)
+        jobs = [self._leases.pop(lease).job for lease in worker.leases]
+        self.counts.leases_lost += len(jobs)
+        self.counts.restarts += 1
+        if cause is not Cause.NODE:
+            self.restarts_left -= 1
+        held = ", ".join(_name(job.order) for job in jobs) or "nothing"
+        self._say(
+            f"worker {number} lost ({cause.value}{': ' + detail if detail else ''}); it held {held}; "
+            f"{max(0, self.restarts_left)} restarts left"
+        )
+        if self.restarts_left < 0:
+            raise RunError(
+                f"workers keep dying and the budget cluster.restarts is used up, the last one since {cause.value} "
+                f"({detail or 'no further detail'}); see the lines above and Ray's logs, then `selfplay resume`"
+            )
+        for job in reversed(jobs):
+            if cause in SUSPICIOUS and isinstance(job.order, Unit):
+                job.deaths += 1
+            self._waiting.extendleft(reversed(self._cut(job)))
+
+    def _cut(self, job: Job) -> list[Job]:
+        """The job itself, or its halves where it is suspected of killing."""
+        if not isinstance(job.order, Unit) or job.deaths < (1 if job.exclusive else DEATHS_TOGETHER):
+            return [job]
+        unit = job.order
+        if len(unit.problems) == 1:
+            return [Job(Alone(unit), job.whole, job.first, exclusive=True)]
+        self.counts.cut_units += 1
+        middle = len(unit.problems) // 2
+        self._say(f"{_name(unit)}: cut in half, a problem in it may end its workers")
+        pieces = (unit.problems[:middle], job.first), (unit.problems[middle:], job.first + middle)
+        return [
+            Job(replace(unit, problems=problems), job.whole, first, exclusive=True)
+            if len(problems) > 1
+            else Job(Alone(replace(unit, problems=problems)), job.whole, first, exclusive=True)
+            for problems, first in pieces
+        ]
+
+    def _say(self, line: str) -> None:
+        log.warning(line)
+        self._note(line)
+
+
+def _name(order: Order) -> str:
+    if isinstance(order, EvaluationJob):
+        return f"an evaluation of {len(order.problems)} problems"
+    unit = unit_of(order)
+    return f"{len(unit.problems)} problems of {unit.name}"

@@ -1,0 +1,29 @@
+"""A task whose every seventh training problem ends the process that plays it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from mcts.tasks.countdown import Countdown
+from mcts.types import Problem, Verdict
+
+EVERY = 7
+
+
+def kills(problem: Problem) -> bool:
+    return sum(problem.id.encode()) % EVERY == 0
+
+
+class Deadly(Countdown):
+    """Countdown of three numbers with few problems."""
+
+    def __init__(self) -> None:
+        super().__init__(numbers=3, heldout_problems=24, dev_problems=16)
+        self._training = {problem.id for problem in super().problems("train")}
+
+    def check_step(self, problem: Problem, steps: Sequence[str]) -> Verdict | None:
+        if problem.id in self._training and kills(problem):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().check_step(problem, steps)

@@ -1,0 +1,125 @@
+"""A fleet of make-believe workers in make-believe time, for tests of the supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mcts.types import Problem
+from selfplay.config import Part, SearchConfig
+from selfplay.fleet import (
+    Alive,
+    Alone,
+    Casualty,
+    Cause,
+    Finished,
+    FleetEvent,
+    Lost,
+    Order,
+    Ready,
+    Record,
+    unit_of,
+)
+from selfplay.supervisor import Supervisor
+from selfplay.worker import EvaluationJob, Played, Unit
+
+BEAT = 5.0
+
+
+def make_unit(part: int, problems: int = 8, iteration: int = 1) -> Unit:
+    names = [f"i{iteration}p{part}-{k}" for k in range(problems)]
+    return Unit(iteration, part, tuple(Problem(id=name, prompt=name) for name in names), 0)
+
+
+def make_evaluation(name: str) -> EvaluationJob:
+    search = SearchConfig(strategy=Part(name="best_of_n"), budget=8)
+    return EvaluationJob((Problem(id=name, prompt=name),), search, 0, 0)
+
+
+class FakeFleet:
+    """Each worker plays one order at a time, `seconds` per problem; `deadly` problems end the worker that plays them.
+
+    Attributes may be changed while it runs: `size` for nodes that join and leave, `frozen` for workers that stop
+    without ending.
+    """
+
+    def __init__(self, size: int, *, seconds: float = 1.0, deadly: Sequence[str] = ()) -> None:
+        self.size = size
+        self.seconds = seconds
+        self.deadly = set(deadly)
+        self.now = 0.0
+        self.living: dict[int, list[tuple[int, Order]]] = {}  # worker: its orders
+        self.frozen: set[int] = set()
+        self.busy: dict[int, float] = {}  # worker: when its first order is done
+        self.queue: list[FleetEvent] = []
+        self.sent: list[tuple[int, Order]] = []
+        self.started = 0
+        self.beaten = 0.0
+        self.disturb: Callable[[], None] = lambda: None
+
+    def clock(self) -> float:
+        return self.now
+
+    def supervisor(self, **settings: float) -> Supervisor:
+        chosen = {"restarts": 8, "lease_seconds": 1000.0, "silence_seconds": 30.0, "deaths_alone": 2, **settings}
+        supervisor = Supervisor(self, self.clock, **chosen)  # type: ignore[arg-type]
+        supervisor.version = 0
+        return supervisor
+
+    def wanted(self) -> int:
+        return self.size
+
+    def start(self) -> int:
+        number, self.started = self.started, self.started + 1
+        self.living[number] = []
+        self.queue.append(Ready(number, f"node-{number % 3}"))
+        return number
+
+    def send(self, worker: int, lease: int, order: Order) -> None:
+        self.sent.append((worker, order))
+        if worker in self.living:
+            self.living[worker].append((lease, order))
+            self.busy.setdefault(worker, self.now + self._cost(order))
+
+    def _cost(self, order: Order) -> float:
+        if isinstance(order, Record):
+            return 0.1
+        problems = order.problems if isinstance(order, EvaluationJob) else unit_of(order).problems
+        return self.seconds * len(problems)
+
+    def kill(self, worker: int) -> None:
+        self.living.pop(worker, None)
+        self.busy.pop(worker, None)
+        self.frozen.discard(worker)
+
+    def die(self, worker: int, cause: Cause = Cause.DIED) -> None:
+        self.kill(worker)
+        self.queue.append(Lost(worker, cause, "tested"))
+
+    def events(self, seconds: float) -> Sequence[FleetEvent]:
+        if not self.queue:
+            self.now += seconds
+            self.disturb()
+            for worker in [w for w, due in self.busy.items() if due <= self.now and w not in self.frozen]:
+                self._finish(worker)
+            if self.now - self.beaten >= BEAT:
+                self.beaten = self.now
+                self.queue += [Alive(w) for w in self.living if w not in self.frozen]
+        found, self.queue = self.queue, []
+        return found
+
+    def _finish(self, worker: int) -> None:
+        lease, order = self.living[worker].pop(0)
+        del self.busy[worker]
+        if self.living[worker]:
+            self.busy[worker] = self.now + self._cost(self.living[worker][0][1])
+        if isinstance(order, EvaluationJob):
+            self.queue.append(Finished(worker, lease, []))
+            return
+        unit = unit_of(order)
+        kills = any(problem.id in self.deadly for problem in unit.problems) and not isinstance(order, Record)
+        if kills and isinstance(order, Alone):
+            self.queue.append(Finished(worker, lease, Casualty("signal SIGSEGV", own=True)))
+        elif kills:
+            self.die(worker)
+        else:
+            self.queue.append(Finished(worker, lease, Played(unit, f"{unit.name}-{lease}", 1.0)))
