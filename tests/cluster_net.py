@@ -79,8 +79,8 @@ class Node:
     ) -> Process:
         """Start a command on this node, standard error with standard output."""
         outer = subprocess.Popen(
-            [*self.space.enter(cwd), *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
+            [*self.space.enter(cwd), *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            text=True, cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
         process = Process(outer, nested=isinstance(self.space, Space))
         self._started = [p for p in self._started if p.poll() is None] + [process]
