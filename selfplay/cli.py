@@ -75,9 +75,10 @@ def launch(
         raise typer.Exit(run_as_job(resolved, submit, run_dir, python=python, runtime_env=runtime_env))
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
+    from selfplay.store import holds_run
 
-    folder = Path(run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    if or_resume and (folder / "run.json").exists():
+    folder = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if or_resume and holds_run(folder):
         print(f"{folder} holds a run: it goes on with its own config", file=sys.stderr)
         _drive(RunFolder.open(folder, _joining(address, None), check_parts))
         return
@@ -110,7 +111,7 @@ def _show_plan(config: Any, as_json: bool) -> None:
 
 @app.command(epilog="Example: selfplay resume runs/first iterations=20")
 def resume(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
     address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
 ) -> None:
@@ -289,7 +290,7 @@ def export(
 
 @app.command(epilog="Example: selfplay status runs/first")
 def status(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Where a run stands, from its folder alone; also while its driver is dead."""
@@ -301,16 +302,17 @@ def status(
 
 @app.command(epilog="Example: selfplay doctor runs/first")
 def doctor(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
     from selfplay.doctor import examine
     from selfplay.report import Line
+    from selfplay.store import whole_copy
 
     findings = []
     with Line() as line:
-        for finding in examine(run, line.show):
+        for finding in examine(whole_copy(run), line.show):
             findings.append(finding)
             if not as_json:
                 line.clear()

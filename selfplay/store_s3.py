@@ -239,8 +239,8 @@ class S3Home:
         return None
 
 
-def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
-    """See `store.local_copy`."""
+def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path:
+    """See `store.local_copy` and, for `whole`, `store.whole_copy`."""
     url = url.rstrip("/")
     root, inside = url, ""
     while root.count("/") > 2:
@@ -260,8 +260,13 @@ def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
             if not there:
                 continue
             name = f"checkpoints/{there[-1]:05d}"
-        mirror.pull(name, _is_for_reading)
+        mirror.pull(name, _is_for_reading if not whole else lambda _: True)
     return mirror.root / inside if inside else mirror.root
+
+
+def holds_remote_run(url: str) -> bool:
+    """See `store.holds_run`."""
+    return Bucket(url.rstrip("/")).etag(RUN) is not None
 
 
 def _is_for_reading(name: str) -> bool:
