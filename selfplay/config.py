@@ -283,6 +283,8 @@ class ClusterConfig(Section):
             raise ValueError("executor: inline is one process: leave out address and learners, or set executor: ray")
         if self.sharding == "fsdp2" and self.learners == 1:
             raise ValueError("sharding: fsdp2 spreads a model over several learners: set learners to 2 or more")
+        if self.sharding == "fsdp2" and self.by_turns:
+            raise ValueError("a sharded learner keeps its devices: leave out by_turns, or sharding: fsdp2")
         return self
 
 
