@@ -219,6 +219,9 @@ class LearnConfig(Section):
     """Iterations of traces that learning draws from."""
     steps: PositiveInt = 200
     """Optimiser steps per iteration."""
+    reanalyse: bool = False
+    """Before each learning phase, score the window's traces by older weights again with the newest: the values and
+    targets of their trees are then those of the weights that learn (`selfplay.reanalyse`)."""
     items_per_step: PositiveInt = 256
     """Training sequences (trees or paths) per optimiser step, warm-up replay included."""
     batch_tokens: PositiveInt = 4096
@@ -339,6 +342,16 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
     keep: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Config:
+        if self.cluster.sharding == "fsdp2" and self.learn.optimizer.name == "muon":
+            raise ValueError(
+                "muon needs whole matrices and cluster.sharding: fsdp2 has none: use learn.optimizer adamw"
+            )
+        if self.cluster.sharding == "fsdp2" and self.learn.reanalyse:
+            raise ValueError("a sharded learner cannot score traces again: leave out learn.reanalyse or the sharding")
+        return self
 
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,10 @@ from mcts.engines.model import check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
-from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.fleet import Evaluated
 from selfplay.fresh import check_architecture
-from selfplay.objectives import build_objective
+from selfplay.objectives import Need, build_objective
 from selfplay.store import Place
 from selfplay.trainer import Trainer
 from selfplay.worker import EvaluationJob, Played, Unit, Worker
@@ -37,7 +37,8 @@ Done = Played | Evaluated | Learned
 
 class Executor(Protocol):
     """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
-    its arguments and the run, so one that died with its process is done again, here or elsewhere."""
+    its arguments and the run, so one that died with its process is done again, here or elsewhere. Paths of checkpoints
+    and shards are relative to the run: each node has its own way to it."""
 
     @property
     def learning(self) -> bool:
@@ -86,6 +87,10 @@ class Executor(Protocol):
 
     def costs(self) -> dict[str, float]:
         """Timing columns since the last call: what handing weights over has cost."""
+        ...
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Numbers of the run, for whoever watches it from outside."""
         ...
 
     def close(self) -> None: ...
@@ -193,6 +198,9 @@ class InlineExecutor:
     def costs(self) -> dict[str, float]:
         return {}
 
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Nobody asks a single process."""
+
     def close(self) -> None:
         self._worker = None
         self._trainer = None
@@ -207,7 +215,17 @@ def check_parts(config: Config) -> None:
     if config.warmup.steps or config.learn.replay:
         task.warmup(config.seed)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
-    build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    search = config.play.search
+    if (
+        Need.BEHAVIOR in objective.needs
+        and config.engine.kind == "server"
+        and (search.temperature not in (0.0, 1.0) or (search.temperature and search.top_p != 1.0))
+    ):
+        raise UserError(
+            "a server does not say how likely its draws were under another temperature or top_p, and importance ratios "
+            "need it: set play.search.temperature and top_p to 1, or the objective's importance to none"
+        )
     if config.model.path is not None:
         check_folder(config.model.path, config.engine.max_context)
     else:

@@ -103,7 +103,7 @@ class Learner:
         self.reference = reference
         self.optimizer = Optimizer(policy.model, policy.head, settings.optimizer)
         row_length = settings.row_length or int(policy.model.config.hidden_size)
-        self._models = Models(
+        self.models = Models(
             policy, reference, settings.batch_tokens, settings.max_length, row_length, tree_mask=self.tree_mask
         )
 
@@ -142,14 +142,17 @@ class Learner:
         with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
             items: list[Item] = []
             if traces:
-                self.agree(lambda: items.extend(self.objective.prepare(traces, self._models, generator(*key, 0))))
+                self.agree(lambda: items.extend(self.objective.prepare(traces, self.models, generator(*key, 0))))
             size = items_per_step or self.settings.items_per_step
             phase = Phase(
                 self, items, fresh if fresh_share else None, fresh_share, key, version, size, pool, side_by_side
             )
             if resume is not None:
                 phase.load_state_dict(resume)
-            return phase.run(budget, schedule or Schedule(), progress, keeper)
+            found = phase.run(budget, schedule or Schedule(), progress, keeper)
+        if traces:
+            found["trained_staleness"] = sum(iteration - 1 - trace.policy_version for trace in traces) / len(traces)
+        return found
 
     def agree(self, work: Callable[[], T]) -> list[T]:
         """`group.agree`, for work that runs the model."""

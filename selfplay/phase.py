@@ -19,6 +19,7 @@ from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.forward import Outputs, batches, fit, forward
 from selfplay.group import shares
 from selfplay.metrics import Means, RunningAuc
+from selfplay.objectives.base import Need
 from selfplay.objectives.loss import Totals, composite_loss
 from selfplay.optimizers import Schedule
 from selfplay.packing import Item, Packed, pack
@@ -181,8 +182,12 @@ class Phase:
                 if wish == "stop":
                     raise Interrupted(f"learning was asked to stop and saved its state after {self.steps} steps")
         names = ("policy_loss", "value_loss", "entropy", "kl", "grad_norm", "cross_entropy", "target_kl", "nll")
+        weighed = ("importance_ratio", "importance_capped") if Need.BEHAVIOR in self.learner.objective.needs else ()
         return {
-            **{name: self.means.get(name) for name in (*names, "replay_nll", "replay_value_loss", "logprob_gap")},
+            **{
+                name: self.means.get(name)
+                for name in (*names, *weighed, "replay_nll", "replay_value_loss", "logprob_gap")
+            },
             "value_auc": self.auc.value(),
             "trained_per_path": float(not self.learner.tree_mask),
             "tokens": float(self.trained),

@@ -23,8 +23,10 @@ from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.partial import PARTIAL, Partial, identity
+from selfplay.reanalyse import Scorer, fresh_traces
 from selfplay.shards import iter_traces
-from selfplay.store import Place, guard
+from selfplay.store import Place, guard, on_this_node
+from selfplay.traces import Trace
 from selfplay.worker import stream_seed
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -48,6 +50,8 @@ class Trainer:
         self._resting = False
         self._base = ""
         """Which weights the learner holds between two phases."""
+        self._version: int | None = None
+        """Checkpoint that holds those weights; None while they are on none."""
         self.task: Task = load_task(config.task.name, **config.task.settings)
         self._learner: Learner | None = None
 
@@ -134,10 +138,14 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        shards = [self.store.pull(f"traces/{shard.parent.name}/{shard.name}") for shard in shards]
+        for folder in {shard.parent for shard in shards}:
+            on_this_node(self.store, folder)
+        shards = [self.store.root / shard for shard in shards]
         partial = Partial.of(config, iteration, self._base, shards)
         traces: list[Any] = []
-        agree(self.group, lambda: traces.extend(trace for shard in shards for trace in iter_traces(shard)))
+        agree(self.group, lambda: traces.extend(self._traces(shards)) if self.group.rank == 0 else None)
+        agree(self.group, lambda: traces.extend(self._traces(shards)) if self.group.rank else None)
+        self._version = None
         return self._run(
             partial,
             self._pick_up(partial),
@@ -150,6 +158,17 @@ class Trainer:
             purpose="learn",
             items_per_step=config.learn.items_per_step,
         )
+
+    def _traces(self, shards: Sequence[Path]) -> list[Trace]:
+        """What the phase learns from. Side files are committed once, so a phase done again reads the same."""
+        if not self.config.learn.reanalyse:
+            return [trace for shard in shards for trace in iter_traces(shard)]
+        if self._version is None:
+            raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
+        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
+        settings = self.learner.settings
+        threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
+        return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))
 
     def _run(
         self,
@@ -257,16 +276,16 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
-        checkpoint = self.store.pull(f"checkpoints/{checkpoint.name}")
-        policy, optimizer = self._load(checkpoint)
+        policy, optimizer = self._load(on_this_node(self.store, checkpoint))
         reference = None
         if self._has_kl:
-            first = self.store.pull("checkpoints/00000")
+            first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
             reference = load_policy(first, device=self._device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
             self._learner.load_state_dict(optimizer)
-        self._base = identity(checkpoint)
+        self._base = identity(on_this_node(self.store, checkpoint))
+        self._version = int(checkpoint.name)
 
     def _load(self, checkpoint: Path) -> tuple[Policy, dict[str, Any] | None]:
         model = self.config.model
@@ -280,6 +299,7 @@ class Trainer:
         self._write(f"checkpoints/{iteration:05d}", iteration, {}, state)
         checkpoint = self.store.pull(f"checkpoints/{iteration:05d}")
         self._base = identity(checkpoint)
+        self._version = iteration
         return checkpoint
 
     def _write(self, name: str, iteration: int, beside: dict[str, Any], state: dict[str, Any]) -> None:

@@ -184,12 +184,12 @@ class Learners:
         self._actors[0].stop.remote()
 
     def progress(self) -> Progress | None:
-        """How far the phase is; None where the learners do not answer right now."""
+        """How far the phase is; None where a learner does not answer right now."""
         try:
-            found: Progress = ray.get(self._actors[0].progress.remote(), timeout=LOOK_SECONDS)
+            found: list[Progress] = ray.get([actor.progress.remote() for actor in self._actors], timeout=LOOK_SECONDS)
         except RayError:
             return None
-        return found
+        return found[0]
 
     def process_ids(self) -> list[int]:
         """Of every rank. Raises RayError where one is dead."""
