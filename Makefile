@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/countdown3
 SEED ?= 0
+FAULTS ?= 200
+HOURS ?= 2
 
-.PHONY: selfplay test test-slow lint types check bench bench-peers clean
+.PHONY: selfplay test test-slow lint types check bench bench-peers chaos soak clean
 
 # torch first and by itself: a CPU wheel that pip knows of then satisfies everything that comes later
 $(VENV)/.installed: pyproject.toml
@@ -43,6 +45,13 @@ bench: $(VENV)/.installed
 
 bench-peers: $(VENV)/.installed
 	$(BIN)/python scripts/bench_peers.py --run $(RUN)
+
+# faults at random moments on a cluster of this machine: 200 of them over several runs, or one run for HOURS
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python scripts/chaos.py --faults $(FAULTS) --every 12 --iterations 12
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python scripts/chaos.py --hours $(HOURS) --every 20 --iterations 1000
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 FORMAT = 1
+MEND = "restore the file, or delete the checkpoint's folder and `selfplay resume` goes on from the one before"
 _NAME = re.compile(r"\d{5,}")
 _CHUNK = 1 << 20
 
@@ -133,13 +134,13 @@ def verify(checkpoint: Path) -> None:
     for name, entry in _manifest(checkpoint)["files"].items():
         path = checkpoint / name
         if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint} lacks {name}; restore the file or go back a checkpoint")
+            raise CheckpointError(f"checkpoint {checkpoint} lacks {name}; {MEND}")
         found = _entry(path)
         for what in ("size", "sha256"):
             if found[what] != entry[what]:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} is damaged: {name} has {what} {found[what]} instead of {entry[what]}; "
-                    "restore the file or go back a checkpoint"
+                    f"{MEND}"
                 )
 
 
@@ -167,7 +168,7 @@ def load_optimizer(checkpoint: Path, device: str = "cpu") -> dict[str, Any] | No
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; restore the file or go back a checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; {MEND}") from error
     return state
 
 
@@ -178,7 +179,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {checkpoint}: it has no {STATE}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; go back a checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; {MEND}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; use the version that wrote it")
     return manifest

@@ -39,8 +39,14 @@ def main() -> None:
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
-    address: Annotated[str | None, typer.Option(help="of a running Ray cluster to join: HOST:PORT, or auto")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="continue the run that --run-dir holds, if any")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
+    submit: Annotated[str | None, typer.Option(help="send it as a Ray job to this dashboard: http://HOST:8265")] = None,
+    python: Annotated[str | None, typer.Option(help="--submit: Python on the cluster; default this one's path")] = None,
+    runtime_env: Annotated[Path | None, typer.Option(help="--submit: YAML of a Ray runtime environment")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load nothing; say what the run needs, if it fits")
     ] = False,
@@ -49,20 +55,39 @@ def launch(
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
 
+    resolved = load_config(config, _joining(address, overrides))
     if dry_run:
-        _show_plan(load_config(config, overrides or []), as_json)
+        _show_plan(resolved, as_json)
         return
     if as_json:
         from selfplay.errors import UserError
 
         raise UserError("launch prints JSON with --dry-run only; add it, or leave --json out")
+    if submit is None and (python is not None or runtime_env is not None):
+        from selfplay.errors import UserError
+
+        raise UserError(
+            "--python and --runtime-env say how a Ray job starts; add --submit DASHBOARD, or leave them out"
+        )
+    if submit is not None:
+        from selfplay.cluster.submit import run_as_job
+
+        raise typer.Exit(run_as_job(resolved, submit, run_dir, python=python, runtime_env=runtime_env))
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    resolved = load_config(config, [*(overrides or []), *_joining(address)])
+    folder = Path(run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    if or_resume and (folder / "run.json").exists():
+        print(f"{folder} holds a run: it goes on with its own config", file=sys.stderr)
+        _drive(RunFolder.open(folder, _joining(address, None), check_parts))
+        return
     check_parts(resolved)
-    folder = run_dir or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
     _drive(RunFolder.create(folder, resolved))
+
+
+def _joining(address: str | None, overrides: list[str] | None) -> list[str]:
+    """The overrides, with the cluster to join."""
+    return [*(overrides or []), *([] if address is None else [f"cluster.address={json.dumps(address)}"])]
 
 
 def _show_plan(config: Any, as_json: bool) -> None:
@@ -87,17 +112,13 @@ def _show_plan(config: Any, as_json: bool) -> None:
 def resume(
     run: Annotated[Path, typer.Argument(help="run folder")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
-    address: Annotated[str | None, typer.Option(help="of a running Ray cluster to join: HOST:PORT, or auto")] = None,
+    address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
 ) -> None:
     """Continue a run as if nothing had happened."""
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
 
-    _drive(RunFolder.open(run, [*(overrides or []), *_joining(address)], check_parts))
-
-
-def _joining(address: str | None) -> list[str]:
-    return [] if address is None else [f"cluster.address={address}"]
+    _drive(RunFolder.open(run, _joining(address, overrides), check_parts))
 
 
 def _drive(run: Any) -> None:
@@ -289,6 +310,42 @@ def export(
     else:
         for key, figure in found.items():
             print(f"{key}: {figure}")
+
+
+@app.command(epilog="Example: selfplay status runs/first")
+def status(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Where a run stands, from its folder alone; also while its driver is dead."""
+    from selfplay.status import read_status
+
+    found = read_status(run)
+    print(json.dumps(found.data()) if as_json else "\n".join(found.lines()))
+
+
+@app.command(epilog="Example: selfplay doctor runs/first")
+def doctor(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
+    from selfplay.doctor import examine
+    from selfplay.report import Line
+
+    findings = []
+    with Line() as line:
+        for finding in examine(run, line.show):
+            findings.append(finding)
+            if not as_json:
+                line.clear()
+                print(finding.line, flush=True)
+    if as_json:
+        print(json.dumps({"run": str(run), "findings": [finding.data() for finding in findings]}))
+    elif not findings:
+        print(f"{run} keeps every promise that a folder can show")
+    if findings:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

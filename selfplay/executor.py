@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +37,8 @@ Done = Played | Evaluated | Learned
 
 class Executor(Protocol):
     """Works somewhere on what it is given; what is done comes out of `poll`. Every piece of work is a function of
-    its arguments and the run, so one that died with its process is done again, here or elsewhere."""
+    its arguments and the run, so one that died with its process is done again, here or elsewhere. Paths of checkpoints
+    and shards are relative to the run: each node has its own way to it."""
 
     @property
     def learning(self) -> bool:
@@ -86,6 +87,10 @@ class Executor(Protocol):
 
     def costs(self) -> dict[str, float]:
         """Timing columns since the last call: what handing weights over has cost."""
+        ...
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Numbers of the run, for whoever watches it from outside."""
         ...
 
     def close(self) -> None: ...
@@ -192,6 +197,9 @@ class InlineExecutor:
 
     def costs(self) -> dict[str, float]:
         return {}
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        """Nobody asks a single process."""
 
     def close(self) -> None:
         self._worker = None

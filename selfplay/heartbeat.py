@@ -86,14 +86,18 @@ class Heartbeat:
             self._quiet = True
 
 
-def refuse_living(read: Callable[[str], str | None], run: str, wait: Callable[[float], object] = time.sleep) -> None:
-    """Raise RunError where the run's last driver was on another host and still beats.
+def refuse_living(
+    read: Callable[[str], str | None], run: str, *, locked: bool, wait: Callable[[float], object] = time.sleep
+) -> None:
+    """Raise RunError where the run's last driver still beats.
 
-    Its counter is watched by this host's own patience alone; the clocks of two hosts are never compared. A driver on
-    this host needs no watching where a lock keeps it apart, nor does one that said that it ended.
+    Its counter is watched by this host's own patience alone; the clocks of two hosts are never compared. A driver that
+    said that it ended needs no watching, nor one on this host, where a lock (`locked`) or its process id tells.
     """
     first = parse(read(FILE))
-    if first.get("state", "running") != "running" or first.get("host") in (None, socket.gethostname()):
+    if first.get("state", "running") != "running" or first.get("host") is None:
+        return
+    if first["host"] == socket.gethostname() and (locked or not _exists(first.get("pid"))):
         return
     for _ in range(2 * WATCHED_BEATS):
         wait(BEAT_SECONDS / 2)
@@ -103,6 +107,16 @@ def refuse_living(read: Callable[[str], str | None], run: str, wait: Callable[[f
                 f"{run} is in use by process {now.get('pid')} on {now.get('host')}, which still gives signs of life; "
                 "stop that one first"
             )
+
+
+def _exists(pid: object) -> bool:
+    try:
+        os.kill(int(str(pid)), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def parse(text: str | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from selfplay.evaluation import Evaluation
 from selfplay.executor import Executor, Learned
 from selfplay.fleet import Evaluated
 from selfplay.problems import SolveRates, draw_problems
+from selfplay.repair import incomplete, replayable
 from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
 from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
@@ -118,6 +119,8 @@ class Loop:
         for iteration in checkpoints.existing(self.run.checkpoints):
             if iteration not in done:
                 self._evaluate(iteration)
+        if last < self.config.iterations:
+            self._repair(last)
         for iteration in range(last + 1, self.config.iterations + 1):
             self._iterate(iteration)
         self._wait(lambda: not self.evaluating)
@@ -135,6 +138,8 @@ class Loop:
 
     def _report(self, phase: str, iteration: int, done: int, total: int, facts: dict[str, Any]) -> None:
         self.run.heartbeat(phase=phase, iteration=iteration, done=done, total=total, **self.executor.facts())
+        if phase == "play":
+            self.executor.show({"units_done": done, "units_total": total})
         self.watch(Event(phase, iteration, done, total, facts))
 
     def _wait(self, until: Callable[[], bool]) -> None:
@@ -185,7 +190,7 @@ class Loop:
         self._publish(base, play=True)
         self.may_play = iteration
         self._phase("play", iteration)
-        self._wait(lambda: self.submitted >= iteration and not self.missing[iteration])
+        self._wait(partial(self._is_played, iteration))
         del self.missing[iteration]
         summary = self._summary(iteration)
         played = time.perf_counter()
@@ -196,12 +201,13 @@ class Loop:
         diverged = metrics is None
         if diverged:
             log.warning("iteration %d: the loss was not finite; the weights of checkpoint %d are kept", iteration, base)
-            self.executor.restore(self._checkpoint(base))
+            self.executor.restore(checkpoint_name(base))
         seconds = self.play_ended.pop(iteration) - self.play_began.pop(iteration)
         state = {
             "iteration": iteration,
             "policy_version": iteration,
             "base": base,
+            "config_hash": self.config.hash(),
             "rates": rates.to_state(),
             "metrics": {
                 **summary.metrics(),
@@ -227,7 +233,7 @@ class Loop:
     def _publish(self, version: int, *, play: bool) -> None:
         """Make a checkpoint's weights known to the workers; with `play`, new units are played with them."""
         if self.playing_with != version:
-            self.executor.publish(self.run.store.pull(f"checkpoints/{version:05d}"), version, play=play)
+            self.executor.publish(checkpoint_name(version), version, play=play)
             self.playing_with = version if play else self.playing_with
 
     def _play_ahead(self) -> None:
@@ -261,6 +267,22 @@ class Loop:
         ]
         return units_of(problems, size=config.unit, iteration=iteration, policy_version=version)
 
+    def _repair(self, last: int) -> None:
+        """Play those units again whose shards are missing though the coming learning phase needs them: a damaged shard
+        is deleted by hand. With `max_staleness: 0` they come out as they were."""
+        rows = self.run.metrics()
+        for iteration in incomplete(self.run.path, rows, first=last + 2 - self.config.learn.window, last=last):
+            log.warning("iteration %d lacks traces; what is missing is played again", iteration)
+            base = self._base(iteration)
+            replayable(self.run.checkpoints, iteration, base, self.config.hash())
+            self.executor.publish(checkpoint_name(base), base, play=True)
+            self._submit(iteration, base)
+            self._wait(partial(self._is_played, iteration))
+            del self.missing[iteration], self.play_began[iteration], self.play_ended[iteration]
+
+    def _is_played(self, iteration: int) -> bool:
+        return self.submitted >= iteration and not self.missing[iteration]
+
     def _commit(self, played: Played) -> None:
         iteration = played.unit.iteration
         self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
@@ -282,10 +304,11 @@ class Loop:
     def _learn(self, iteration: int, base: int) -> dict[str, Any] | None:
         """The metrics of a learning phase; None where its loss was not finite."""
         if self.learner_at != base:
-            self.executor.restore(self.run.store.pull(f"checkpoints/{base:05d}"))
+            self.executor.restore(checkpoint_name(base))
             self.learner_at = base
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
-        self.executor.learn(iteration, shards, self._phase("learn", iteration))
+        names = [shard.relative_to(self.run.path) for shard in shards]
+        self.executor.learn(iteration, names, self._phase("learn", iteration))
         return self._learned()
 
     def _evaluate(self, iteration: int) -> None:
@@ -319,6 +342,7 @@ class Loop:
         row["evaluate_seconds"] = time.perf_counter() - evaluation.began
         row["wall_seconds"] = time.perf_counter() - self.began
         self.run.append_metrics(row)
+        self.executor.show(row)
         self.watch(Event("iteration", iteration, facts=row))
         self._retain()
 
@@ -332,7 +356,7 @@ class Loop:
         }
         for number in checkpoints_gone(numbers, rows, keep, staleness=staleness, needed=needed):
             store.remove(f"checkpoints/{number:05d}")
-        ages = trace_ages(self.run.path)
+        ages = trace_ages(store.listing("traces"))
         for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
             store.remove(f"traces/iteration={old:05d}")
 
@@ -354,3 +378,8 @@ def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
     _, high = wilson(round(newest["dev_pass1"] * newest["dev_problems"]), newest["dev_problems"])
     low, _ = wilson(round(best["dev_pass1"] * best["dev_problems"]), best["dev_problems"])
     return int(best["iteration"]) if high < low else default
+
+
+def checkpoint_name(iteration: int) -> Path:
+    """Of a checkpoint within the run, as executors take it: each node has its own path to the run."""
+    return checkpoints.path_of(Path("checkpoints"), iteration)

@@ -91,6 +91,31 @@ class Watch:
             self.console.print(f"{what}{count} {note}".rstrip(), highlight=False)
 
 
+class Line:
+    """One line on stderr that says what goes on: overwritten on a terminal, printed now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._spoke = time.monotonic()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        if self._terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._spoke > PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def final_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table that a run ends with."""
     table = Table(title="held-out greedy pass@1, no search", title_justify="left")

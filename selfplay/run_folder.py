@@ -12,7 +12,9 @@ from typing import Any
 
 from selfplay.config import Config, ConfigError, parse_config
 from selfplay.heartbeat import Heartbeat, State, refuse_living
-from selfplay.store import Home, Place, RunError, Store, open_home
+from selfplay.retention import resume_points
+from selfplay.shards import trace_ages
+from selfplay.store import Home, Place, RunError, Store, checkpoint_numbers, open_home
 
 __all__ = ["PACKAGES", "TIMING_COLUMNS", "RunError", "RunFolder", "read_metrics"]
 
@@ -72,13 +74,14 @@ class RunFolder:
         try:
             facts = _read_facts(home)
             config = _read_config(home)
-            refuse_living(home.read, home.url)
+            refuse_living(home.read, home.url, locked=home.locked)
             changed = parse_config(config.to_yaml(), overrides, source="config") if overrides else config
             if overrides:
-                _refuse(changed, config, Path(home.url))
+                _refuse(changed, config, home)
                 check(changed)
             before = facts["epoch"]
             store = home.take_over(facts)
+            _bring_here(store, changed)
             if changed != config:
                 store.put(f"config.until-epoch-{before:03d}.yaml", config.to_yaml())
                 store.put("config.yaml", changed.to_yaml())
@@ -128,6 +131,18 @@ def _read_facts(home: Home) -> dict[str, Any]:
     return facts
 
 
+def _bring_here(store: Store, config: Config) -> None:
+    """What a driver on this node reads: documents, checkpoints, and the traces from the first that a learning phase
+    may need."""
+    for name in ("run.json", "config.yaml", "metrics.jsonl", "checkpoints"):
+        store.pull(name)
+    points = resume_points(checkpoint_numbers(store.listing("checkpoints")), config.play.max_staleness)
+    first = (points[0] if points else 0) + 2 - config.learn.window
+    for iteration in trace_ages(store.listing("traces")):
+        if iteration >= first:
+            store.pull(f"traces/iteration={iteration:05d}")
+
+
 def _read_config(home: Home) -> Config:
     text = home.read("config.yaml")
     if text is None:
@@ -146,7 +161,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise RunError(f"{file} is damaged ({error}); restore it from a copy") from error
 
 
-def _refuse(changed: Config, config: Config, path: Path) -> None:
+def _refuse(changed: Config, config: Config, home: Home) -> None:
     """Raise ConfigError for a change that a run cannot take, or cannot take now."""
     same = [("task", changed.task == config.task), ("seed", changed.seed == config.seed)]
     same += [("model.path", changed.model.path == config.model.path)]
@@ -157,8 +172,8 @@ def _refuse(changed: Config, config: Config, path: Path) -> None:
     for name, equal in same:
         if not equal:
             raise ConfigError(f"{name} is part of what a run is; launch a new run to change it")
-    done = max((int(p.name) for p in (path / "checkpoints").iterdir() if p.name.isdigit()), default=-1)
-    played = any((path / "traces" / f"iteration={done + 1:05d}").glob("*.arrow"))
+    done = max(checkpoint_numbers(home.listing("checkpoints")), default=-1)
+    played = done + 1 in trace_ages(home.listing("traces"))
     if played and (changed.play, changed.engine) != (config.play, config.engine):
         raise ConfigError(
             f"iteration {done + 1} is partly played, so play and engine cannot change now; resume without those "

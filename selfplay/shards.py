@@ -87,12 +87,14 @@ def list_shards(path: Path, first: int | None = None, last: int | None = None) -
     ]
 
 
-def trace_ages(run: Path) -> dict[int, float]:
-    """Days since the newest shard of each iteration was written, by this host's clock."""
+def trace_ages(listing: Mapping[str, float]) -> dict[int, float]:
+    """Days since the newest shard of each iteration was written, by this host's clock. `listing`: seconds since 1970 by
+    name, as a store lists them."""
     now, newest = time.time(), dict[int, float]()
-    for shard in list_shards(run):
-        iteration, _ = shard_key(shard)
-        newest[iteration] = max(newest.get(iteration, 0.0), shard.stat().st_mtime)
+    for name, written in listing.items():
+        iteration, part = shard_key(Path(name))
+        if iteration >= 0 and part >= 0:
+            newest[iteration] = max(newest.get(iteration, 0.0), written)
     return {iteration: (now - written) / 86400 for iteration, written in newest.items()}
 
 
@@ -215,7 +217,9 @@ def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
 
 
 def _damaged(path: Path, what: str) -> ShardError:
-    return ShardError(f"shard {path} is damaged: {what}; restore it from a copy or delete it")
+    return ShardError(
+        f"shard {path} is damaged: {what}; restore it from a copy, or delete it and `selfplay resume` plays it again"
+    )
 
 
 @contextmanager

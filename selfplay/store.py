@@ -8,13 +8,14 @@ write of the one before, or of its workers, raises `Fenced` and has changed noth
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 PENDING = "pending"
+PROOF = "proof.txt"
 
 
 class RunError(RuntimeError):
@@ -37,6 +38,10 @@ class Place:
 
     def open(self) -> Store:
         """A store on this node."""
+        if is_remote(self.url):
+            from selfplay.store_s3 import S3Store
+
+            return S3Store(self)
         from selfplay.store_disk import DiskStore
 
         return DiskStore(self)
@@ -52,6 +57,20 @@ class Store(Protocol):
     def pull(self, name: str) -> Path:
         """Bring `root` up to date below `name` (a folder or a file); its path, whether it exists or not. Nothing to do
         on a disk. Raises RunError."""
+        ...
+
+    def push(self, name: str) -> None:
+        """Bring what was written below `root / name` by others than this store (TensorBoard's event files, whose names
+        are unique) to the run. Nothing to do on a disk. Raises RunError."""
+        ...
+
+    def read(self, name: str) -> str | None:
+        """A small document as it is now; None where there is none. Raises RunError."""
+        ...
+
+    def listing(self, name: str) -> dict[str, float]:
+        """Names of all files of the run below the folder `name`, with the time each was written (seconds since 1970, by
+        the storage's clock). Raises RunError."""
         ...
 
     def scratch(self, name: str) -> Path:
@@ -108,6 +127,28 @@ def guard(store: Store) -> Iterator[None]:
         raise
 
 
+def is_remote(url: str) -> bool:
+    """Whether `url` is in object storage; anything else is a path."""
+    return url.startswith("s3://")
+
+
+def local_copy(url: str | Path, *prefixes: str) -> Path:
+    """A folder or file for reading: `url` itself on a disk; of object storage (a run, or anything inside one) its
+    mirror on this node, up to date below those `prefixes` of the run, or below all of `url` without. Of checkpoints
+    only the newest comes, without its optimiser state. Raises RunError."""
+    if not is_remote(str(url)):
+        return Path(url)
+    from selfplay.store_s3 import mirror_of
+
+    return mirror_of(str(url), prefixes)
+
+
+def checkpoint_numbers(names: Iterable[str]) -> list[int]:
+    """Checkpoints that exist (have a state.json) among names of a run, ascending."""
+    states = (name.split("/") for name in names if name.endswith("/state.json"))
+    return sorted(int(parts[1]) for parts in states if len(parts) == 3 and parts[1].isdecimal())
+
+
 def unique(name: str) -> str:
     """The last part of `name` with a random middle: `part-00001.arrow` -> `part-00001.1f0c....arrow`."""
     path = PurePosixPath(name)
@@ -119,9 +160,15 @@ class Home(Protocol):
     drivers on one host apart, where there is one."""
 
     url: str
+    locked: bool
+    """Whether a lock keeps drivers on one host apart."""
 
     def read(self, name: str) -> str | None:
         """A small document as it is now; None where there is none. Raises RunError."""
+        ...
+
+    def listing(self, name: str) -> dict[str, float]:
+        """As `Store.listing`."""
         ...
 
     def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
@@ -142,6 +189,53 @@ class Home(Protocol):
 def open_home(url: str, *, create: bool) -> Home:
     """The home at a folder or URL; with `create` it may be new. Raises RunError: no run there, in use, not
     writable."""
+    if is_remote(url):
+        from selfplay.store_s3 import S3Home
+
+        return S3Home(url, create=create)
     from selfplay.store_disk import DiskHome
 
     return DiskHome(Path(url), create=create)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a node read, and the name of the file that it wrote."""
+
+    token: str | None
+    name: str
+
+
+def ask(store: Store) -> str:
+    """The driver's question to every node, before work begins: do you see this run? A random token; each node answers
+    with `answer`, and `check_answer` judges."""
+    token = uuid.uuid4().hex
+    store.put(PROOF, token)
+    return token
+
+
+def answer(store: Store, node: str) -> Answer:
+    """A node's side: read the driver's token and write a file of its own. Raises RunError where it cannot."""
+    scratch = store.scratch(f"{node}-{PROOF}".replace("/", "-"))
+    with guard(store):
+        try:
+            scratch.write_text(node, encoding="utf-8")
+        except OSError as error:
+            reason = f"{error.strerror}; mount it there, writable"
+            raise RunError(f"node {node} cannot write to {store.place.url}: {reason}") from error
+    return Answer(store.read(PROOF), store.offer(scratch))
+
+
+def check_answer(store: Store, token: str, node: str, given: Answer) -> None:
+    """Raise RunError unless the node read what this driver wrote, and this driver reads what the node wrote."""
+    if given.token == token and store.read(given.name) == node:
+        return
+    raise RunError(
+        f"node {node} does not see the run folder {store.place.url} that the driver sees; put the run on storage that "
+        "all nodes share (mounted at the same path, or s3://...)"
+    )
+
+
+def on_this_node(store: Store, path: Path) -> Path:
+    """`path` of a run as the driver names it, relative to the run, brought here; an absolute one is left as it is."""
+    return path if path.is_absolute() else store.pull(path.as_posix())

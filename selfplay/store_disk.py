@@ -53,6 +53,15 @@ class DiskStore:
     def pull(self, name: str) -> Path:
         return self.root / name
 
+    def push(self, name: str) -> None:
+        del name
+
+    def read(self, name: str) -> str | None:
+        return _read(self.root, name)
+
+    def listing(self, name: str) -> dict[str, float]:
+        return _listing(self.root, name)
+
     def scratch(self, name: str) -> Path:
         return self._own / unique(name)
 
@@ -155,6 +164,8 @@ class DiskHome:
     """See `Home`. A lock held by the operating system keeps two drivers apart on one host; it dies with its process,
     so a killed run needs no cleaning up."""
 
+    locked = True
+
     def __init__(self, path: Path, *, create: bool) -> None:
         self.root = path.absolute()
         self.url = str(self.root)
@@ -170,12 +181,10 @@ class DiskHome:
         self._lock = _hold(self.root)
 
     def read(self, name: str) -> str | None:
-        try:
-            return (self.root / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"cannot read {self.root / name}: {error}; restore it from a copy") from error
+        return _read(self.root, name)
+
+    def listing(self, name: str) -> dict[str, float]:
+        return _listing(self.root, name)
 
     def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
         root = self.root
@@ -210,7 +219,9 @@ class DiskHome:
             for old in (number for number in found if number < epoch):
                 with suppress(FileNotFoundError):
                     os.rename(epoch_folder(root, old), root / PENDING / unique(".gone"))
-            if found and found[-1] > epoch:
+            # and one that came and went in between has left its number in run.json
+            written = json.loads(self.read("run.json") or "{}").get("epoch", 0)
+            if max(written, *found) > epoch or written == epoch:
                 with suppress(FileNotFoundError):
                     own.rmdir()
                 raise RunError(f"another driver takes {root} over right now; leave it to that one")
@@ -235,6 +246,24 @@ def _clean_pending(root: Path, epoch: int) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _listing(root: Path, name: str) -> dict[str, float]:
+    found = {}
+    for path in (root / name).rglob("*"):
+        with suppress(FileNotFoundError):  # deleted while we looked
+            if path.is_file():
+                found[path.relative_to(root).as_posix()] = path.stat().st_mtime
+    return found
+
+
+def _read(root: Path, name: str) -> str | None:
+    try:
+        return (root / name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read {root / name}: {error}; restore it from a copy") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from selfplay.objectives import build_objective
 from selfplay.optimizers import OptimizerSettings, Schedule
 from selfplay.reanalyse import Scorer, fresh_traces
 from selfplay.shards import iter_traces
-from selfplay.store import Place, guard
+from selfplay.store import Place, guard, on_this_node
 from selfplay.traces import Trace
 from selfplay.worker import stream_seed
 
@@ -107,7 +107,9 @@ class Trainer:
             peak=config.learn.lr_scale,
             offset=steps * (iteration - 1),
         )
-        traces = self._traces(shards)
+        for folder in {shard.parent for shard in shards}:
+            on_this_node(self.store, folder)
+        traces = self._traces([self.store.root / shard for shard in shards])
         self._version = None
         return self._run(
             iteration,
@@ -127,7 +129,8 @@ class Trainer:
             return [trace for shard in shards for trace in iter_traces(shard)]
         if self._version is None:
             raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
-        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
+        base = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), self._version))
+        weights = checkpoints.weights_digest(base)
         settings = self.learner.settings
         threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
         return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))
@@ -201,11 +204,15 @@ class Trainer:
         """Weights and optimiser state of a checkpoint, after its checksums were verified. Raises CheckpointError."""
         model = self.config.model
         policy, optimizer, _ = checkpoints.load(
-            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention, merge=False
+            on_this_node(self.store, checkpoint),
+            device=model.device,
+            dtype=model.dtype,
+            attn=model.attention,
+            merge=False,
         )
         reference = None
         if self._has_kl:
-            first = checkpoints.path_of(self.store.root / "checkpoints", 0)
+            first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
             reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         self._version = int(checkpoint.name)

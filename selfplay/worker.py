@@ -17,7 +17,7 @@ from mcts.tasks import load_task
 from mcts.types import Problem, SearchResult
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.shards import shard_name, write_pending
-from selfplay.store import Place, guard
+from selfplay.store import Place, guard, on_this_node
 from selfplay.traces import TraceContext, to_row
 
 if TYPE_CHECKING:
@@ -154,12 +154,16 @@ class Worker:
         self._began: dict[str, float] = {}
 
     def load(self, checkpoint: Path, version: int) -> None:
-        """Weights of a checkpoint folder; a no-op where they are loaded already."""
+        """Weights of a checkpoint folder (a relative path is one within the run); a no-op where they are loaded
+        already."""
+        if self._engine is not None and self._engine.version == version:
+            return
+        checkpoint = on_this_node(self.store, checkpoint)
         if self._engine is None:
             self._engine = make_engine(
                 self.config, checkpoint / "policy", checkpoint / "value_head.safetensors", version, self.task
             )
-        elif self._engine.version != version:
+        else:
             self._engine.load(str(checkpoint), version)
 
     def rest(self) -> None:

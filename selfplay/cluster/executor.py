@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from selfplay.cluster.gauges import Gauges
 from selfplay.cluster.learners import Learners
 from selfplay.cluster.nodes import Nodes, connect
 from selfplay.cluster.proof import prove
@@ -22,7 +23,7 @@ from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Evaluated
 from selfplay.run_folder import RunError
-from selfplay.store import Place
+from selfplay.store import Place, on_this_node
 from selfplay.supervisor import Complete, Supervisor
 from selfplay.units import join
 from selfplay.worker import EvaluationJob, Unit
@@ -55,9 +56,9 @@ class RayExecutor:
             deaths_alone=cluster.deaths_alone,
             note=self._note,
         )
+        self._gauges = Gauges(place.run_id)
         self._published: dict[int, Weights] = {}
         self._learners = Learners(config, place)
-        self._learner_deaths = 0
         self._at: Path | None = None
         """Checkpoint that the learners begin from after a restart; None: from the config."""
         self._phase: Callable[[], Any] | None = None
@@ -75,6 +76,7 @@ class RayExecutor:
 
     def publish(self, checkpoint: Path, version: int, *, play: bool) -> None:
         if version not in self._published:
+            checkpoint = on_this_node(self._store, checkpoint)
             if self._config.engine.kind == "server":  # a server reads the folder itself
                 weights = Weights(version, self._place.run_id, 0, (), checkpoint)
             else:
@@ -203,9 +205,13 @@ class RayExecutor:
         self._stopping = True
 
     def facts(self) -> dict[str, Any]:
-        counts = self._supervisor.counts
+        counts, alive, wanted = self._supervisor.counts, self._supervisor.alive, self._fleet.wanted()
+        self._gauges.set("workers_alive", alive)
+        self._gauges.set("workers_wanted", wanted)
+        self._gauges.set("restarts", counts.restarts)
+        self._gauges.set("lease_losses", counts.leases_lost)
         return {
-            "workers": {"alive": self._supervisor.alive, "wanted": self._fleet.wanted()},
+            "workers": {"alive": alive, "wanted": wanted},
             "restarts": counts.restarts,
             "restarts_left": self._supervisor.restarts_left,
             "leases_lost": counts.leases_lost,
@@ -219,6 +225,9 @@ class RayExecutor:
             "broadcast_bytes": float(sum(one.bytes for one in fetched)),
             "broadcast_seconds": max((one.seconds for one in fetched), default=0.0),
         }
+
+    def show(self, figures: Mapping[str, Any]) -> None:
+        self._gauges.set_row(figures)
 
     def close(self) -> None:
         self._fleet.close()

@@ -26,14 +26,14 @@ def run_child(moment: str, run: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
-def outcome(run: Path) -> dict[str, Any]:
+def outcome(run: Path, last: int = 2) -> dict[str, Any]:
     """All that a run promises to repeat: content of shards, last weights, metrics without the timing columns."""
     rows = [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in read_metrics(run)]
-    last = run / "checkpoints" / "00002"
-    files = sorted(p for p in last.rglob("*") if p.suffix == ".safetensors")
+    newest = run / "checkpoints" / f"{last:05d}"
+    files = sorted(p for p in newest.rglob("*") if p.suffix == ".safetensors")
     return {
         "content": content_digest(run),
-        "weights": {str(p.relative_to(last)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        "weights": {str(p.relative_to(newest)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
         "metrics": json.dumps(rows, sort_keys=True),
         "pending": [p.name for p in (run / "pending").iterdir()],
     }

@@ -234,15 +234,15 @@ def test_a_run_that_beats_on_another_host_is_not_taken_over(tmp_path: Path) -> N
         return lambda _: json.dumps({**found, **({"beat": next(beats)} if alive else {})})
 
     with pytest.raises(RunError, match="in use by process 7 on elsewhere, which still gives signs of life"):
-        refuse_living(heart(True), "run", waited.append)
+        refuse_living(heart(True), "run", locked=True, wait=waited.append)
     assert len(waited) == 1
-    refuse_living(heart(False), "run", waited.append)
+    refuse_living(heart(False), "run", locked=True, wait=waited.append)
     assert sum(waited[1:]) >= 3 * BEAT_SECONDS
     waited.clear()
-    refuse_living(heart(True, state="ended"), "run", waited.append)
-    refuse_living(heart(True, host=socket.gethostname()), "run", waited.append)
-    refuse_living(lambda _: None, "run", waited.append)
-    refuse_living(lambda _: "torn{", "run", waited.append)
+    refuse_living(heart(True, state="ended"), "run", locked=True, wait=waited.append)
+    refuse_living(heart(True, host=socket.gethostname()), "run", locked=True, wait=waited.append)
+    refuse_living(lambda _: None, "run", locked=True, wait=waited.append)
+    refuse_living(lambda _: "torn{", "run", locked=True, wait=waited.append)
     assert waited == []
 
 

@@ -1,0 +1,148 @@
+"""The run's own documents: run.json, every version of the config, metrics.jsonl, heartbeat, what is pending."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfplay import checkpoint as checkpoints
+from selfplay.config import Config, ConfigError, load_config
+from selfplay.doctor.findings import RESTORE, Finding
+from selfplay.loop import last_good
+from selfplay.run_folder import RunError
+from selfplay.status import read_heartbeat, read_run
+
+_EPOCH = re.compile(r"epoch-(\d+)")
+NEEDED = ("iteration", "policy_version", "wall_seconds")
+"""Columns of every row of metrics.jsonl."""
+PLAYED = ("problems", "solved", "sampled_tokens", "staleness")
+"""Columns of every row but that of iteration 0."""
+
+
+@dataclass(slots=True)
+class Documents:
+    """What could be read of them; what could not is None or left out, and is a finding."""
+
+    run: Path
+    facts: dict[str, Any] | None = None
+    config: Config | None = None
+    configs: list[Config] = field(default_factory=list)
+    """The config and all earlier versions of it."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Rows that are whole, in the order of the file."""
+
+    @property
+    def pool(self) -> int | None:
+        """Problems of the training split, by the newest checkpoint that can be read; None where there is none."""
+        folder = self.run / "checkpoints"
+        for number in reversed(checkpoints.existing(folder)):
+            try:
+                return int(checkpoints.read_state(checkpoints.path_of(folder, number))["rates"]["n"])
+            except (checkpoints.CheckpointError, KeyError, TypeError, ValueError):
+                continue  # said where the checkpoints are looked at
+        return None
+
+    @property
+    def id(self) -> str | None:
+        return None if self.facts is None else str(self.facts["id"])
+
+    @property
+    def finished(self) -> int:
+        """Last iteration with a checkpoint or a row of metrics; -1 before the warm-up is done."""
+        newest = checkpoints.latest(self.run / "checkpoints")
+        return max([-1 if newest is None else newest, *(int(row["iteration"]) for row in self.metrics)])
+
+    def rolled_back(self, iteration: int) -> bool:
+        """Whether the weights went back before or in `iteration`, as metrics.jsonl says or its scores demand."""
+        before = [row for row in self.metrics if row["iteration"] < iteration]
+        said = any(row["iteration"] == iteration and row.get("rolled_back") for row in self.metrics)
+        return said or last_good(before, default=iteration - 1) != iteration - 1
+
+
+def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
+    """The documents and what is wrong with them. Raises RunError where `run` is no folder of a run at all."""
+    documents = Documents(run)
+    findings: list[Finding] = []
+    if not any((run / name).exists() for name in ("run.json", "config.yaml", "metrics.jsonl", "traces", "checkpoints")):
+        raise RunError(f"{run} holds no run (no run.json); give the folder that `selfplay launch` named")
+    try:
+        documents.facts = read_run(run)
+    except RunError as error:
+        findings.append(Finding("run.json", "run.json", _what(error), RESTORE))
+    for path in sorted(run.glob("config*.yaml")) or [run / "config.yaml"]:
+        try:
+            version = load_config(path)
+        except ConfigError as error:
+            findings.append(Finding("config", path.name, _what(error), RESTORE))
+            continue
+        documents.configs.append(version)
+        if path.name == "config.yaml":
+            documents.config = version
+    facts, config = documents.facts, documents.config
+    if facts is not None and config is not None and facts.get("seed") not in (None, config.seed):
+        what = f"says seed {config.seed}, and run.json {facts['seed']}"
+        findings.append(Finding("config", "config.yaml", what, RESTORE))
+    findings += _read_metrics(documents)
+    try:
+        read_heartbeat(run)
+    except RunError as error:
+        findings.append(
+            Finding("heartbeat", "heartbeat.json", _what(error), "delete it, the next driver writes a new one")
+        )
+    findings += pending_faults(run, None if facts is None else facts["epoch"])
+    return documents, findings
+
+
+def _what(error: Exception) -> str:
+    """The error's text without its last clause, the cure."""
+    return " ".join(str(error).rpartition("; ")[0].split()) or " ".join(str(error).split())
+
+
+def _read_metrics(documents: Documents) -> Iterator[Finding]:
+    """Fill `documents.metrics`; yield what is wrong line by line."""
+    file = documents.run / "metrics.jsonl"
+    if not file.exists():
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        yield Finding("metrics", file.name, f"cannot be read ({error})", RESTORE)
+        return
+    if text and not text.endswith("\n"):
+        yield Finding("metrics", file.name, "ends in the middle of a line", RESTORE)
+    for number, line in enumerate(text.splitlines(), start=1):
+        where = f"{file.name} line {number}"
+        try:
+            row = json.loads(line)
+            iteration = row["iteration"]
+            if not isinstance(iteration, int):
+                raise TypeError("its iteration is no whole number")
+        except (ValueError, TypeError, KeyError) as error:
+            yield Finding("metrics", where, f"is no row of metrics ({error})", RESTORE)
+            continue
+        missing = [name for name in (*NEEDED, *(PLAYED if iteration else ())) if name not in row]
+        if missing:
+            yield Finding("metrics", where, f"lacks {', '.join(missing)}", RESTORE)
+        before = documents.metrics[-1]["iteration"] if documents.metrics else -1
+        if iteration != before + 1:
+            yield Finding("metrics", where, f"is of iteration {iteration} and follows that of {before}", RESTORE)
+        if row.get("policy_version", iteration) != iteration:
+            what = f"says version {row['policy_version']} came out of iteration {iteration}"
+            yield Finding("metrics", where, what, RESTORE)
+        documents.metrics.append(row)
+
+
+def pending_faults(run: Path, epoch: int | None) -> Iterator[Finding]:
+    """Leftovers of drivers that no longer hold the run. What the current one has under way is no fault: the next
+    driver plays it again."""
+    if epoch is None or not (run / "pending").is_dir():
+        return
+    for entry in sorted((run / "pending").iterdir()):
+        number = _EPOCH.search(entry.name)
+        if number is not None and (int(number[1]) != epoch or not _EPOCH.fullmatch(entry.name)):
+            what = f"is left by a driver that lost the run (epoch {int(number[1])}, now {epoch})"
+            yield Finding("pending", f"pending/{entry.name}", what, "delete it, nothing in it was committed")

@@ -1,0 +1,108 @@
+"""Whether an iteration's units are all there, once each: a pure function of a listing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfplay.config import Config
+from selfplay.doctor.findings import RESTORE, Finding
+from selfplay.shards import shard_key, shard_name
+
+REPLAY = f"{RESTORE}, or delete it: resume plays that unit again"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The units of one iteration."""
+
+    searches: int
+    unit: int
+
+    @property
+    def parts(self) -> int:
+        return -(-self.searches // self.unit)
+
+    def rows(self, part: int) -> int:
+        """Of one part; the last one may be shorter."""
+        return min(self.unit, self.searches - part * self.unit)
+
+
+def expected_units(config: Config, pool: int | None) -> Expected:
+    """`pool`: problems of the training split; None where unknown, then it is taken to be large enough."""
+    wanted = config.play.problems
+    return Expected(wanted if pool is None else min(wanted, pool), config.play.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, and what it may have deleted."""
+
+    finished: int
+    """Last iteration that is done (has a checkpoint or a row of metrics)."""
+    ahead: int
+    """Iterations that play may have begun beyond it."""
+    window: int
+    """Iterations that the next learning phase needs, the one in play included."""
+    deletes: bool
+    """Whether old traces are deleted at all (config `keep`)."""
+
+    def may_lack(self, iteration: int) -> bool:
+        """Whether retention may have deleted (part of) this iteration's traces."""
+        return self.deletes and iteration <= self.finished - self.window + 1
+
+
+def unit_faults(
+    iterations: Mapping[int, list[Path]], expected: Mapping[int, Expected], progress: Progress
+) -> Iterator[Finding]:
+    """Missing, repeated and misnamed shards. `iterations` lists the shards of each iteration by `shard_key`."""
+    kept = min((i for i in iterations if i > 0), default=0)
+    for iteration in range(1, progress.finished + 1):
+        if iteration not in iterations and not (progress.may_lack(iteration) and iteration < max(kept, 1)):
+            yield Finding("units", folder_of(iteration), "has no shards although the iteration is finished", RESTORE)
+    for iteration, shards in sorted(iterations.items()):
+        folder = folder_of(iteration)
+        if iteration > progress.finished + progress.ahead or iteration < 1:
+            what = f"holds traces that the run cannot have played yet: it has finished iteration {progress.finished}"
+            yield Finding("units", folder, what, "restore the checkpoints and metrics.jsonl that belong to it")
+            continue
+        parts = Counter(shard_key(path)[1] for path in shards)
+        parts.pop(-1, None)
+        for path in shards:
+            part = shard_key(path)[1]
+            if path.name != shard_name(part) or path.parent.name != f"iteration={iteration:05d}":
+                where = f"{path.parent.name}/{path.name}"
+                yield Finding("units", f"traces/{where}", "is no name of a unit's shard", "move it out of the run")
+        twice = sorted(part for part, times in parts.items() if times > 1)
+        if twice:
+            yield Finding(
+                "units", folder, f"has part {_ranges(twice)} more than once", "move one of them out of the run"
+            )
+        count = expected[iteration].parts
+        beyond = sorted(part for part in parts if part >= count)
+        if beyond:
+            what = f"has part {_ranges(beyond)}, and the config cuts an iteration into {count} units"
+            yield Finding(
+                "units", folder, what, "move it out of the run, or restore the config that it was played with"
+            )
+        missing = sorted(set(range(count)) - parts.keys())
+        if missing and iteration <= progress.finished and not progress.may_lack(iteration):
+            what = f"lacks part {_ranges(missing)} of {count} although the iteration is finished"
+            yield Finding("units", folder, what, RESTORE)
+
+
+def folder_of(iteration: int) -> str:
+    return f"traces/iteration={iteration:05d}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
