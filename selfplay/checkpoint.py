@@ -122,6 +122,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def read_files(checkpoint: Path) -> dict[str, Any]:
+    """Size and sha256 of every file of a checkpoint, by name. Checks no file."""
+    files: dict[str, Any] = _manifest(checkpoint)["files"]
+    return files
+
+
 def weights_digest(checkpoint: Path) -> str:
     """Sha256 over the names and digests of a checkpoint's files, optimiser left out, in hex. Checks no file."""
     files = _manifest(checkpoint)["files"]

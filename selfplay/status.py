@@ -22,11 +22,12 @@ from pyarrow import ipc
 
 from selfplay import checkpoint as checkpoints
 from selfplay.config import load_config
+from selfplay.heartbeat import BEAT_SECONDS, FILE, parse
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import list_shards
 
-SILENT_SECONDS = 20.0
-"""A driver beats every 2 s. Ten beats missed is more than load and the caches of a shared disk explain."""
+SILENT_SECONDS = 10 * BEAT_SECONDS
+"""Ten beats missed is more than load and the caches of a shared disk explain."""
 SKEW_SECONDS = 1.0
 """Clocks that differ by less are not worth a word."""
 SHOWN_EVENTS = 5
@@ -72,7 +73,10 @@ class Status:
     workers_alive: int | None
     workers_wanted: int | None
     restarts: int | None
-    lease_losses: int | None
+    restarts_left: int | None
+    leases_lost: int | None
+    failed_problems: int | None
+    """Recorded as failed because they killed their workers."""
     staleness: float | None
     played_version: int | None
     """Policy version of the iteration's newest shard."""
@@ -103,7 +107,8 @@ class Status:
             ("wins", f"{self.wins} of {self.searches} searches so far, {self.wins_before} of {self.searches_before} "
                      "in the iterations before"),
             ("tokens", f"{self.sampled_tokens} sampled in this iteration, {speed} per second"),
-            ("workers", f"{workers}, {_dash(self.restarts)} restarts, {_dash(self.lease_losses)} leases lost"),
+            ("workers", f"{workers}, {_dash(self.restarts)} restarts ({_dash(self.restarts_left)} left), "
+                        f"{_dash(self.leases_lost)} leases lost, {_dash(self.failed_problems)} problems given up"),
             ("versions", f"played {_dash(self.played_version)}, checkpoint {_dash(self.checkpoint)}, staleness "
                          f"{_dash(self.staleness)}; " + ", ".join(f"{n} {v}" for n, v in self.packages.items())),
             ("held-out", _heldout(self.heldout)),
@@ -185,7 +190,9 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         workers_alive=workers.get("alive"),
         workers_wanted=workers.get("wanted"),
         restarts=beat.get("restarts"),
-        lease_losses=beat.get("lease_losses"),
+        restarts_left=beat.get("restarts_left"),
+        leases_lost=beat.get("leases_lost"),
+        failed_problems=beat.get("failed_problems"),
         staleness=beat.get("staleness", rows[-1].get("staleness") if rows else None),
         played_version=played.version,
         checkpoint=checkpoints.latest(run / "checkpoints"),
@@ -216,18 +223,11 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def read_heartbeat(run: Path) -> dict[str, Any]:
-    """heartbeat.json; empty before the first beat. Raises RunError where it is damaged: it is replaced as a whole, so
-    that is no driver that was killed."""
-    file = run / "heartbeat.json"
+    """heartbeat.json; empty before the first beat, and where a power cut tore it: no promise hangs on it."""
     try:
-        beat = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return parse((run / FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
         return {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({error}); delete it, the next driver writes a new one") from error
-    if not isinstance(beat, dict):
-        raise RunError(f"{file} is damaged (it holds no object); delete it, the next driver writes a new one")
-    return beat
 
 
 def _number(value: Any) -> float | None:
@@ -245,7 +245,7 @@ def _state(run: Path, beat: dict[str, Any], age: float | None, *, finished: bool
         why = beat.get("error") or beat.get("why")
         return said, f"{said} at {at}{f' ({why})' if why else ''}; {go_on}"
     if age is None:
-        return "unknown", f"no heartbeat: the driver never came that far; {go_on}"
+        return "unknown", f"no heartbeat that can be read; if no driver runs, {go_on}"
     if age < -SKEW_SECONDS:
         return "unknown", (
             f"the heartbeat is {-age:.0f} s ahead of this machine's clock, so its age says nothing; set the clocks, or "

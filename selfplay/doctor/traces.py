@@ -13,7 +13,6 @@ from selfplay.doctor.findings import RESTORE, Finding, ShardFaults
 from selfplay.doctor.rows import Iteration, row_faults
 from selfplay.doctor.trees import tree_faults
 from selfplay.doctor.units import REPLAY, Expected, Progress, expected_units, folder_of, unit_faults
-from selfplay.loop import last_good
 from selfplay.schema import MAX_BATCH_ROWS, SCHEMA
 from selfplay.shards import ShardError, iter_batches, list_shards, read_metadata, shard_key
 
@@ -39,7 +38,7 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
     yield from unit_faults(iterations, expected, progress)
     done, newest = 0, -1
     for number, paths in sorted(iterations.items()):
-        at = Iteration(number, versions_of(documents, config, number))
+        at = Iteration(number, versions_of(documents, number))
         whole = True
         for path in paths:
             note(f"traces of iteration {number}: shard {done + 1} of {len(shards)}")
@@ -58,23 +57,21 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
 def progress_of(documents: Documents, config: Config) -> Progress:
     return Progress(
         finished=max(documents.finished, 0),
-        ahead=1 + config.play.max_staleness,
-        window=config.learn.window,
+        ahead=1 + max(known.play.max_staleness for known in documents.configs),
+        needed=max(documents.finished, 0) - config.play.max_staleness - config.learn.window + 1,
         deletes=any(c.keep.iterations is not None or c.keep.days is not None for c in documents.configs),
     )
 
 
-def versions_of(documents: Documents, config: Config, iteration: int) -> set[int]:
-    """The policy versions that may play `iteration`: the newest good checkpoint when it, or one of the iterations
-    that staleness lets it run ahead of, began."""
-    staleness = max(known.play.max_staleness for known in documents.configs) if documents.configs else 0
-    allowed = set()
-    for begun in range(max(1, iteration - staleness), iteration + 1):
-        rows = [row for row in documents.metrics if row["iteration"] < begun]
-        allowed.add(last_good(rows, default=begun - 1))
-        if config.play.max_staleness:
-            allowed.add(begun - 1)  # a collapse may become known only after play has begun
-    return allowed
+def versions_of(documents: Documents, iteration: int) -> set[int]:
+    """The policy versions that may play `iteration`: the newest checkpoint, or the last good one after a rollback, as
+    of when it or one of the iterations began that staleness lets it run ahead of."""
+    staleness = max(known.play.max_staleness for known in documents.configs)
+    if not staleness:
+        return {documents.good(iteration)}
+    newest = range(max(0, iteration - 1 - staleness), iteration)
+    known = range(max(1, iteration - 2 * staleness), iteration + 1)  # an evaluation may end so much later
+    return {*newest, *(documents.good(at) for at in known if documents.good(at) != at - 1)}
 
 
 def _played_with(shards: list[Path], configs: Mapping[str, Config]) -> Config | None:

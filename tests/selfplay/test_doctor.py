@@ -259,7 +259,6 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
         run / "run.json", lambda facts: facts.update(seed=4))),
     ("config of the traces gone", "config", FIRST, lambda run: (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("steps: 150", "steps: 151"))),
-    ("heartbeat cut", "heartbeat", "heartbeat.json", lambda run: (run / "heartbeat.json").write_text("{")),
     ("metrics cut", "metrics", "metrics.jsonl line 3", lambda run: cut(run / "metrics.jsonl")),
     ("metrics line lost", "metrics", "metrics.jsonl line 2", lambda run: _metrics(run, lambda rows: rows.pop(1))),
     ("metrics column lost", "metrics", "metrics.jsonl line 2", lambda run: _metrics(
@@ -284,6 +283,8 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
         run / "checkpoints/00003").mkdir()),
     ("checkpoint of another iteration", "checkpoint", "checkpoints/00001", lambda run: _state(run, 1, iteration=2)),
     ("checkpoint learned from elsewhere", "versions", "checkpoints/00002", lambda run: _state(run, 2, base=0)),
+    ("a builder of a dead epoch", "pending", "pending/building-00007", lambda run: (
+        run / "pending/building-00007").mkdir(parents=True)),
     ("leftovers of a dead epoch", "pending", "pending/epoch-00000", lambda run: (
         run / "pending/epoch-00000").mkdir(parents=True)),
 ]  # fmt: skip
@@ -349,13 +350,13 @@ def listing(*iterations: int) -> dict[int, list[Path]]:
 
 def test_traces_that_retention_deleted_are_no_finding_and_a_gap_is() -> None:
     expected = {i: Expected(10, 5) for i in range(1, 10)}
-    keeps = Progress(finished=8, ahead=1, window=3, deletes=True)
-    assert not list(unit_faults(listing(5, 6, 7, 8), expected, keeps))
+    keeps = Progress(finished=8, ahead=1, needed=7, deletes=True)
+    assert not list(unit_faults(listing(7, 8), expected, keeps))
     half = {**listing(6, 7, 8), 5: listing(5)[5][:1]}  # deleting 5 was interrupted
     assert not list(unit_faults(half, expected, keeps))
-    assert [f.where for f in unit_faults(listing(5, 6, 8), expected, keeps)] == ["traces/iteration=00007"]
+    assert [f.where for f in unit_faults(listing(6, 8), expected, keeps)] == ["traces/iteration=00007"]
     assert [f.where for f in unit_faults(listing(3, 5, 6, 7, 8), expected, keeps)] == ["traces/iteration=00004"]
-    never = Progress(finished=8, ahead=1, window=3, deletes=False)
+    never = Progress(finished=8, ahead=1, needed=7, deletes=False)
     assert len(list(unit_faults(listing(5, 6, 7, 8), expected, never))) == 4
 
 

@@ -88,25 +88,26 @@ def test_what_the_driver_reports_is_shown(run: Path) -> None:
         run,
         workers={"alive": 3, "wanted": 4},
         restarts=2,
-        lease_losses=1,
+        restarts_left=7,
+        failed_problems=0,
+        leases_lost=1,
         staleness=1,
         tokens_per_second=700.0,
-        events=[{"time": NOW - 60, "what": "worker 3 restarted", "cause": "its node left"}, "unit 4 played again"],
+        events=[{"time": NOW - 60, "line": "worker 3 died: its node left; 7 restarts left"}],
     )
     text = "\n".join(read_status(run, now=NOW).lines())
     for words in (
-        "3 alive of 4 wanted, 2 restarts, 1 leases lost",
+        "3 alive of 4 wanted, 2 restarts (7 left), 1 leases lost, 0 problems given up",
         "700 per second",
         "staleness 1",
-        "2027-01-15 07:59:00 UTC worker 3 restarted its node left",
-        "unit 4 played again",
+        "2027-01-15 07:59:00 UTC worker 3 died: its node left; 7 restarts left",
     ):
         assert words in text
 
 
 def test_what_nobody_said_is_a_dash(run: Path) -> None:
     text = "\n".join(read_status(run, now=NOW).lines())
-    assert "- alive of - wanted, - restarts, - leases lost" in text
+    assert "- alive of - wanted, - restarts (- left), - leases lost, - problems given up" in text
     assert "no heartbeat" in text
 
 
@@ -180,11 +181,17 @@ def test_no_run_is_one_sentence(tmp_path: Path) -> None:
         read_status(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["run.json", "heartbeat.json"])
-def test_a_damaged_document_is_one_sentence(run: Path, name: str) -> None:
-    (run / name).write_text("[")
-    with pytest.raises(RunError, match=f"{name} is damaged"):
+def test_a_damaged_document_is_one_sentence(run: Path) -> None:
+    (run / "run.json").write_text("[")
+    with pytest.raises(RunError, match=r"run.json is damaged"):
         read_status(run)
+
+
+def test_a_torn_heartbeat_is_none(run: Path) -> None:
+    (run / "heartbeat.json").write_text('{"time": 18')
+    found = read_status(run, now=NOW)
+    assert (found.state, found.as_of) == ("unknown", None)
+    assert f"if no driver runs, go on with: selfplay resume {run}" in found.says
 
 
 def test_the_commands_print_for_people_and_for_programs(finished: Path) -> None:
