@@ -341,6 +341,15 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     keep: RetentionConfig = RetentionConfig()
 
+    @model_validator(mode="after")
+    def _reanalysis_is_whole(self) -> Config:
+        if self.learn.reanalyse and self.cluster.sharding != "none":
+            raise ValueError(
+                "learn.reanalyse scores shards in each learner by itself, which a sharded model cannot: set "
+                "learn.reanalyse: false or cluster.sharding: none"
+            )
+        return self
+
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""
