@@ -161,15 +161,6 @@ def whole_copy(url: str | Path) -> Path:
     return mirror_of(str(url), (), whole=True)
 
 
-def holds_run(url: str) -> bool:
-    """Whether there is a run to continue. Raises RunError where object storage cannot be asked."""
-    if not is_remote(url):
-        return (Path(url) / "run.json").exists()
-    from selfplay.store_s3 import holds_remote_run
-
-    return holds_remote_run(url)
-
-
 def checkpoint_numbers(names: Iterable[str]) -> list[int]:
     """Checkpoints that exist (have a state.json) among names of a run, ascending."""
     states = (name.split("/") for name in names if name.endswith("/state.json"))
