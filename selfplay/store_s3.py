@@ -267,11 +267,6 @@ def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path
     return mirror.root / inside if inside else mirror.root
 
 
-def holds_remote_run(url: str) -> bool:
-    """See `store.holds_run`."""
-    return Bucket(url.rstrip("/")).etag(RUN) is not None
-
-
 def _is_older(folder: str, epoch: int) -> bool:
     """Whether a pending folder is of an epoch before: a later driver may be at work already."""
     return folder < epoch_folder(Path(), epoch).name
