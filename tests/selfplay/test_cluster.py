@@ -140,3 +140,16 @@ def test_play_overlaps_learning_within_its_bound_and_loses_nothing(tmp_path: Pat
     assert all(0 <= b <= staleness for b in behind)
     assert any(behind)
     assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_sharing_a_device_by_turns_and_fitting_workers_change_nothing(tmp_path: Path) -> None:
+    inline = run_child("never", tmp_path / "inline")
+    assert inline.returncode == 0, inline.stderr
+    config = tmp_path / "turns.yaml"
+    text = CONFIG.replace("executor: inline", "executor: ray, workers: fit, by_turns: true, worker_cpus: 0.5")
+    config.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "ray")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")
