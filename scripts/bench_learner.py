@@ -27,11 +27,12 @@ from mcts.engines.model import Policy, load_policy
 from mcts.engines.value_head import ValueHead
 from mcts.tree import Tree
 from mcts.types import Status, Step, Stop, Verdict
+from selfplay.cutting import split_paths
 from selfplay.forward import batches, check_kernels, fit, forward
 from selfplay.fresh import build_fresh_model
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
-from selfplay.packing import Item, chain, pack, split_paths
+from selfplay.packing import Item, chain, pack
 
 WORDS = 428
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)

@@ -224,6 +224,31 @@ def solve(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: selfplay reanalyse runs/first --last 3")
+def reanalyse(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    checkpoint: Annotated[int | None, typer.Option(help="whose weights; default the newest", min=0)] = None,
+    last: Annotated[int | None, typer.Option(help="iterations, counted from the newest; default all", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score stored trees again with newer weights, into side files beside the shards."""
+    from dataclasses import asdict
+
+    from selfplay.reanalyse import reanalyse_path
+
+    shown = _plain_progress()
+    report = asdict(
+        reanalyse_path(
+            run, checkpoint=checkpoint, last=last, progress=lambda done, total: shown(f"{done} of {total} shards")
+        )
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for key, figure in report.items():
+            print(f"{key}: {figure}")
+
+
 @app.command(epilog="Example: selfplay grade answers.jsonl --verifier math")
 def grade(
     file: Annotated[Path, typer.Argument(help="JSONL of rows with the texts gold and prediction")],

@@ -219,6 +219,9 @@ class LearnConfig(Section):
     """Iterations of traces that learning draws from."""
     steps: PositiveInt = 200
     """Optimiser steps per iteration."""
+    reanalyse: bool = False
+    """Before each learning phase, score the window's traces by older weights again with the newest: the values and
+    targets of their trees are then those of the weights that learn (`selfplay.reanalyse`)."""
     items_per_step: PositiveInt = 256
     """Training sequences (trees or paths) per optimiser step, warm-up replay included."""
     batch_tokens: PositiveInt = 4096

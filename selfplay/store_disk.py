@@ -141,7 +141,7 @@ class DiskStore:
         run, host = self.root, socket.gethostname()
         if not (run / "run.json").is_file():
             raise RunError(f"{host} does not see the run folder {run}; mount it there, at the same path")
-        newest = max(epochs(run), default=0)
+        newest = max(json.loads(_read(run, "run.json") or "{}").get("epoch", 0), 0, *epochs(run))
         if newest > self.place.epoch:
             raise Fenced(
                 f"{run} was taken over by another driver (epoch {newest}); this one (epoch {self.place.epoch}) stops "
@@ -220,8 +220,8 @@ class DiskHome:
                 with suppress(FileNotFoundError):
                     os.rename(epoch_folder(root, old), root / PENDING / unique(".gone"))
             # and one that came and went in between has left its number in run.json
-            written = json.loads(self.read("run.json") or "{}").get("epoch", 0)
-            if max(written, *found) > epoch or written == epoch:
+            written = json.loads(_read(root, "run.json") or "{}").get("epoch", 0)
+            if max(written, 0, *found) > epoch or written == epoch:
                 with suppress(FileNotFoundError):
                     own.rmdir()
                 raise RunError(f"another driver takes {root} over right now; leave it to that one")

@@ -228,10 +228,11 @@ class S3Home:
             self._bucket.put(RUN, json.dumps(facts, indent=1).encode(), match=self._etag)
         except Changed as error:
             raise RunError(f"another driver takes {self.url} over right now; leave it to that one") from error
-        self._bucket.delete([found.key for found in self._bucket.list(f"{PENDING}/")])
+        names = [found.key for found in self._bucket.list(f"{PENDING}/")]
+        self._bucket.delete(name for name in names if _is_older(name.split("/")[1], facts["epoch"]))
         store = S3Store(Place(self.url, facts["id"], facts["epoch"]))
         for leftover in (store.root / PENDING).iterdir():
-            if leftover != epoch_folder(store.root, facts["epoch"]):
+            if _is_older(leftover.name, facts["epoch"]):
                 shutil.rmtree(leftover, ignore_errors=True)
         return store
 
@@ -267,6 +268,11 @@ def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path
 def holds_remote_run(url: str) -> bool:
     """See `store.holds_run`."""
     return Bucket(url.rstrip("/")).etag(RUN) is not None
+
+
+def _is_older(folder: str, epoch: int) -> bool:
+    """Whether a pending folder is of an epoch before: a later driver may be at work already."""
+    return folder < epoch_folder(Path(), epoch).name
 
 
 def _is_for_reading(name: str) -> bool:

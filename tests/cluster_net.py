@@ -144,7 +144,8 @@ class Cluster:
         self._cpus = cpus
         self._dashboard = dashboard
         self._store = object_store_bytes
-        self._environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **(environment or {})}
+        self.environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **(environment or {})}
+        """Of nodes yet to come."""
         if private and not self.namespaced:
             raise ClusterError("private folders need namespaces, which are not permitted here")
         self.port = PORT if self.namespaced else _free_port()
@@ -220,7 +221,7 @@ class Cluster:
     def _machine(self) -> Node:
         self._made += 1
         address = f"{NETWORK}.{self._made}" if self.namespaced else "127.0.0.1"
-        node = Node(f"node-{self._made}", address, self.folder / f"node-{self._made}", self._environment)
+        node = Node(f"node-{self._made}", address, self.folder / f"node-{self._made}", self.environment)
         try:
             if self.namespaced:
                 self._plug_in(node)

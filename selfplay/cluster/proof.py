@@ -11,7 +11,7 @@ from selfplay.run_folder import RunError
 from selfplay.store import Place, Store
 
 
-@ray.remote(max_retries=2)  # type: ignore[untyped-decorator]
+@ray.remote  # type: ignore[untyped-decorator]
 def _see(place: Place) -> None:
     """Raises StoreError where this node does not see the run."""
     place.open().check()
