@@ -316,9 +316,11 @@ class Loop:
         config = self.config
         evaluation = Evaluation(self.task, config, iteration, time.perf_counter())
         self.evaluating[iteration] = evaluation
+        if self.staleness and iteration == self.learned:
+            self._publish(iteration, play=True)  # play that is ahead goes on with the newest weights at once
         if iteration % config.evaluate.every == 0 or iteration == config.iterations:
             self._phase("evaluate", iteration)
-            self._publish(iteration, play=self.staleness > 0 and iteration == self.learned)
+            self._publish(iteration, play=False)
             for job in evaluation.jobs:
                 self.executor.submit(job)
         else:

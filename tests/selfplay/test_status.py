@@ -18,6 +18,7 @@ from selfplay.cli import app
 from selfplay.run_folder import RunError
 from selfplay.shards import shard_path
 from selfplay.status import SILENT_SECONDS, read_status
+from selfplay.store import holds_run
 from tests.selfplay.trace_samples import small_run
 from tests.selfplay.winning_run import CONFIG, UNITS, build
 
@@ -172,6 +173,21 @@ def test_status_writes_nothing(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     read_status(run, now=NOW)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_run_in_object_storage_is_read_there(run: Path, s3_url: str) -> None:
+    """Its files are uploaded as they lie; only what `status` reads is fetched."""
+    import boto3
+
+    beat(run, host="elsewhere")
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    for path in run.rglob("*"):
+        if path.is_file():
+            boto3.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.relative_to(run).as_posix()}")
+    found = read_status(s3_url, now=NOW)
+    assert (found.run, found.state, found.units, found.wins, found.wins_before) == (s3_url, "running", 1, 2, 3)
+    assert holds_run(s3_url)
+    assert not holds_run(f"{s3_url}-other")
 
 
 def test_no_run_is_one_sentence(tmp_path: Path) -> None:
