@@ -341,11 +341,11 @@ def doctor(
     """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
     from selfplay.doctor import examine
     from selfplay.report import Line
-    from selfplay.store import local_copy
+    from selfplay.store import whole_copy
 
     findings = []
     with Line() as line:
-        for finding in examine(local_copy(run), line.show):
+        for finding in examine(whole_copy(run), line.show):
             findings.append(finding)
             if not as_json:
                 line.clear()

@@ -286,6 +286,8 @@ class ClusterConfig(Section):
             raise ValueError("executor: inline is one process: leave out address and learners, or set executor: ray")
         if self.sharding == "fsdp2" and self.learners == 1:
             raise ValueError("sharding: fsdp2 spreads a model over several learners: set learners to 2 or more")
+        if self.sharding == "fsdp2" and self.by_turns:
+            raise ValueError("a sharded learner keeps its devices: leave out by_turns, or sharding: fsdp2")
         return self
 
 
@@ -340,6 +342,16 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
     keep: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Config:
+        if self.cluster.sharding == "fsdp2" and self.learn.optimizer.name == "muon":
+            raise ValueError(
+                "muon needs whole matrices and cluster.sharding: fsdp2 has none: use learn.optimizer adamw"
+            )
+        if self.cluster.sharding == "fsdp2" and self.learn.reanalyse:
+            raise ValueError("a sharded learner cannot score traces again: leave out learn.reanalyse or the sharding")
+        return self
 
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for

@@ -52,6 +52,8 @@ def forward(
     `tree_mask` the model uses its own causal mask and positions; then every row must be one plain chain. `kernels`:
     by `llama_kernels`, for a model that `check_kernels` approved.
     """
+    if (whole := getattr(policy, "whole", None)) is not None:  # a ShardedPolicy
+        return Outputs(*whole(packed, tree_mask, entropy))
     if kernels:
         mask = packed.mask(policy.model.dtype)
         hidden = llama_kernels.hidden_states(policy.model, packed.input_ids, packed.position_ids, mask, packed.read)

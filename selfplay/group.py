@@ -173,19 +173,19 @@ def agree(group: Group, work: Callable[[], T]) -> list[T]:
     except Exception as error:
         if not getattr(error, "told", False):
             group.gather(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        _told(error)
+        tell_nobody(error)
         raise
     answers: list[dict[str, Any]] = [json.loads(answer) for answer in group.gather(told)]
     for rank, answer in enumerate(answers):
         if "error" in answer:
-            if (known := TOLD.get(answer["error"])) is not None:
-                raise _told(known(answer["message"]))
-            raise _told(PeerError(f"learner {rank} failed: {answer['error']}: {answer['message']}"))
+            known = TOLD.get(answer["error"])
+            found = f"learner {rank} failed: {answer['error']}: {answer['message']}"
+            raise tell_nobody(PeerError(found) if known is None else known(answer["message"]))
     return [answer["result"] for answer in answers]
 
 
-def _told(error: Exception) -> Exception:
-    """Every rank knows of it."""
+def tell_nobody(error: Exception) -> Exception:
+    """An `agree` further out passes this error on without telling the others: they know, or could not listen."""
     error.told = True  # type: ignore[attr-defined]
     return error
 

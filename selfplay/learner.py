@@ -13,13 +13,15 @@ import torch
 from mcts.engines.model import turn_end
 from mcts.rng import generator, hash64
 from mcts.tasks.base import Example
+from selfplay.errors import UserError
 from selfplay.forward import check_kernels, check_logits, check_tree_mask, checkpoint_layers
-from selfplay.group import Alone, Group, agree
+from selfplay.group import Alone, Group, agree, tell_nobody
 from selfplay.items import Encode, ExampleEncoder
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
 from selfplay.optimizers import Optimizer, OptimizerSettings, Schedule
 from selfplay.packing import Item
 from selfplay.phase import Budget, Keeper, Phase, Progress
+from selfplay.sharded import ShardedPolicy, complete, gather, shard, spread
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
@@ -50,6 +52,9 @@ class LearnerSettings:
     """bfloat16: the forwards of learning run under autocast; weights, gradients and optimiser stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, the same gradients."""
+    shard_on: str | None = None
+    """Spread the model over the group's devices of this kind (`sharded`); the policy is then given on CPU. None: every
+    process holds all of it."""
 
 
 class Learner:
@@ -76,21 +81,27 @@ class Learner:
             raise ValueError(f"objective {objective.name} needs a reference model; give one or set its kl to 0")
         if Need.VALUE_HEAD in objective.needs and policy.head is None:
             raise ValueError(f"objective {objective.name} trains a value head and the policy has none; add one")
-        self.policy = policy
-        self.reference = reference
+        if settings.shard_on is not None and settings.optimizer.name == "muon":
+            raise UserError("muon needs whole matrices and cluster.sharding: fsdp2 has none: use learn.optimizer adamw")
         self.objective = objective
         self.settings = settings
         self.group: Group = Alone() if group is None else group
         policy.model.eval()  # no dropout: a tree must be the same as its paths
         check_logits(policy)
-        self.optimizer = Optimizer(policy.model, policy.head, settings.optimizer)
         self.encode_examples = ExampleEncoder(policy.tokenizer, encode_prompt, turn_end=turn_end(policy.tokenizer))
         self.tree_mask = check_tree_mask(policy, max_length=settings.max_length)
         plain = settings.kernels and settings.precision == "float32" and not settings.gradient_checkpointing
         trained = any(parameter.requires_grad for parameter in policy.model.parameters())
-        self.kernels = self.tree_mask and plain and trained and check_kernels(policy)
+        self.kernels = self.tree_mask and plain and trained and settings.shard_on is None and check_kernels(policy)
         if settings.gradient_checkpointing:
             checkpoint_layers(policy)
+        if settings.shard_on is not None:
+            policy = shard(policy, settings.shard_on)
+            if reference is not None and not isinstance(reference, ShardedPolicy):
+                reference = shard(reference, settings.shard_on)
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = Optimizer(policy.model, policy.head, settings.optimizer)
         row_length = settings.row_length or int(policy.model.config.hidden_size)
         self.models = Models(
             policy, reference, settings.batch_tokens, settings.max_length, row_length, tree_mask=self.tree_mask
@@ -126,7 +137,8 @@ class Learner:
         if fresh_share and fresh is None:
             raise ValueError("a share of worked examples needs a stream of them")
         key = (self.settings.seed, iteration, hash64(*purpose.encode()))
-        side_by_side = self.settings.threads if self.policy.device.type == "cpu" else 1
+        alone = self.policy.device.type != "cpu" or self.settings.shard_on is not None
+        side_by_side = 1 if alone else self.settings.threads
         with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
             items: list[Item] = []
             if traces:
@@ -143,8 +155,15 @@ class Learner:
         return found
 
     def agree(self, work: Callable[[], T]) -> list[T]:
-        """`group.agree`."""
-        return agree(self.group, work)
+        """`group.agree`, for work that runs the model."""
+        if self.settings.shard_on is None:
+            return agree(self.group, work)
+        try:
+            found = work()
+        except Exception as error:
+            tell_nobody(error)  # the others wait within a layer
+            raise
+        return agree(self.group, lambda: found)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of a training forward."""
@@ -164,9 +183,20 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What the optimiser must remember; the weights are the policy's."""
-        return self.optimizer.state_dict()
+        return self.complete()[1]
+
+    def complete(self) -> tuple[Policy, dict[str, Any]]:
+        """(policy, the optimiser's state) as they are saved. Of a sharded policy they are gathered on rank 0, and every
+        rank must call."""
+        state = self.optimizer.state_dict()
+        if not isinstance(self.policy, ShardedPolicy):
+            return self.policy, state
+        keep = self.group.rank == 0
+        return gather(self.policy, keep=keep), complete(state, keep=keep)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.policy, ShardedPolicy):
+            state = {name: spread(each, self.optimizer.parameters) for name, each in state.items()}
         self.optimizer.load_state_dict(state)
 
 

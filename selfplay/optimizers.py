@@ -91,7 +91,8 @@ class Optimizer:
 
     def clip(self) -> float:
         """Scale the gradient down to `grad_clip`; its norm before that, which is not finite if any entry is not."""
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip))
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded parameters
 
     def step(self, scale: float) -> None:
         """Update with the learning rates times `scale`, and clear the gradient."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,7 @@ from selfplay.objectives.base import Need
 from selfplay.objectives.loss import Totals, composite_loss
 from selfplay.optimizers import Schedule
 from selfplay.packing import Item, Packed, pack
+from selfplay.sharded import ShardedPolicy, backward, drop_unreached
 
 if TYPE_CHECKING:
     from selfplay.learner import Learner
@@ -79,6 +80,8 @@ class _Task:
     items: list[int]
     entropy: bool
     """Of the first batch, which stands for the step: it costs a pass over all logits."""
+    idle: bool = False
+    """Only keeps the others of a sharded policy company: its loss is zero and nothing of it is reported."""
 
     @property
     def tokens(self) -> int:
@@ -94,6 +97,7 @@ class _Batch:
     loss: float
     parts: dict[str, float]
     gradients: tuple[Tensor | None, ...]  # of the optimiser's parameters, in their order; empty: none at all
+    reached: str = ""  # of a sharded policy, whose gradients are added already (`sharded.backward`)
 
 
 class _Mean:
@@ -239,7 +243,11 @@ class Phase:
         tasks.sort(key=lambda task: -task.tokens)
         if group.size == 1:
             return tasks
-        return [tasks[i] for i in shares([task.tokens for task in tasks], group.size)[group.rank]]
+        given = shares([task.tokens for task in tasks], group.size)
+        mine = [tasks[i] for i in given[group.rank]]
+        if isinstance(learner.policy, ShardedPolicy):  # all make the same number of forwards
+            mine += [replace(tasks[-1], idle=True)] * (max(map(len, given)) - len(mine))
+        return mine
 
     def _step(self, sources: list[_Source], scale: float, keeper: Keeper | None) -> tuple[dict[str, float], str]:
         """One optimiser step over all batches of all sources, the same on every rank; its figures, and what is to be
@@ -253,8 +261,13 @@ class Phase:
             learner.optimizer.zero_grad()
             raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
         if group.size > 1:
+            reached = [each["reached"] for each in told]
             counts = [torch.from_numpy(each) for each in auc.counts]
-            group.sum([*learner.optimizer.gradients([each["reached"] for each in told]), *counts])
+            if isinstance(learner.policy, ShardedPolicy):
+                drop_unreached(learner.policy, reached)
+                group.sum(counts)
+            else:
+                group.sum([*learner.optimizer.gradients(reached), *counts])
         self.auc.merge(auc)
         self.trained += sum(each["tokens"] for each in told)
         norm = learner.optimizer.clip()
@@ -275,13 +288,19 @@ class Phase:
         learner = self.learner
         parts: dict[str, float] = {}
         means = {"entropy": _Mean(), "logprob_gap": _Mean()}
-        tokens = 0
+        tokens, finite, reached = 0, True, ["00"]
         # one at a time where nothing is side by side: of a large model, only two sets of gradients fit
         results = self.pool.map(self._batch, tasks) if self.side_by_side > 1 else map(self._batch, tasks)
         for task in tasks:
             found = next(results)  # not by zip, which would hold the last ones while the next are made
             if not math.isfinite(found.loss):
-                return {"finite": False}
+                finite = False
+                if found.reached:
+                    continue  # the others of a sharded policy still count on this rank
+                break
+            if task.idle:
+                continue
+            reached.append(found.reached)
             learner.optimizer.accumulate(found.gradients)
             for name, value in found.parts.items():
                 name = name if task.source.traces else f"replay_{name}"
@@ -289,12 +308,13 @@ class Phase:
             tokens += found.packed.tokens
             self._observe(task.source, found.outputs, found.packed, means, auc)
             del found
+        sharded = isinstance(learner.policy, ShardedPolicy)
         return {
-            "finite": True,
+            "finite": finite,
             "tokens": tokens,
             "parts": parts,
             "means": {name: (mean.sum, mean.count) for name, mean in means.items()},
-            "reached": learner.optimizer.reached(),
+            "reached": _either(reached) if sharded else learner.optimizer.reached(),
         }
 
     def _batch(self, task: _Task) -> _Batch:
@@ -305,18 +325,26 @@ class Phase:
             outputs = forward(
                 learner.policy, packed, tree_mask=learner.tree_mask, kernels=learner.kernels, entropy=task.entropy
             )
-        loss, parts = self._loss(source, outputs, packed, task.totals)
         gradients: tuple[Tensor | None, ...] = ()
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(source.share * loss, learner.optimizer.parameters, allow_unused=True)
+        reached = ""
+        if isinstance(learner.policy, ShardedPolicy):
+            loss, parts, reached = backward(
+                outputs,
+                lambda found: self._loss(source, found, packed, task.totals),
+                share=source.share,
+                idle=task.idle,
+            )
+        else:
+            loss, parts = self._loss(source, outputs, packed, task.totals)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(source.share * loss, learner.optimizer.parameters, allow_unused=True)
         outputs = Outputs(
             outputs.logprobs.detach(),
             None if outputs.value_logits is None else outputs.value_logits.detach(),
             outputs.entropy,
         )
-        return _Batch(
-            packed, outputs, float(loss.detach()), {name: float(value) for name, value in parts.items()}, gradients
-        )
+        figures = {name: float(value) for name, value in parts.items()}
+        return _Batch(packed, outputs, float(loss.detach()), figures, gradients, reached)
 
     def _loss(
         self, source: _Source, outputs: Outputs, packed: Packed, totals: Totals
@@ -355,3 +383,8 @@ class Phase:
             if found[1]:
                 figures[name] = float(found[0] / found[1])
         return figures
+
+
+def _either(flags: Sequence[str]) -> str:
+    """Strings of 0 and 1 of one length: 1 where any has it."""
+    return "".join("01"["1" in place] for place in zip(*flags, strict=True))

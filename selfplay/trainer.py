@@ -82,6 +82,7 @@ class Trainer:
             seed=config.seed,
             precision=config.learn.precision,
             gradient_checkpointing=config.model.gradient_checkpointing,
+            shard_on=config.model.device if self._sharded else None,
         )
         objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
         if config.model.freeze_trunk:
@@ -142,7 +143,8 @@ class Trainer:
         shards = [self.store.root / shard for shard in shards]
         partial = Partial.of(config, iteration, self._base, shards)
         traces: list[Any] = []
-        agree(self.group, lambda: traces.extend(self._traces(shards)))
+        agree(self.group, lambda: traces.extend(self._traces(shards)) if self.group.rank == 0 else None)
+        agree(self.group, lambda: traces.extend(self._traces(shards)) if self.group.rank else None)
         self._version = None
         return self._run(
             partial,
@@ -163,7 +165,8 @@ class Trainer:
             return [trace for shard in shards for trace in iter_traces(shard)]
         if self._version is None:
             raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
-        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
+        base = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), self._version))
+        weights = checkpoints.weights_digest(base)
         settings = self.learner.settings
         threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
         return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))
@@ -244,11 +247,11 @@ class Trainer:
     def _first_policy(self) -> Policy:
         model = self.config.model
         if model.path is not None:
-            policy = load_policy(model.path, device=model.device, dtype=model.dtype, attn=model.attention)
+            policy = load_policy(model.path, device=self._device, dtype=model.dtype, attn=model.attention)
         else:
             folder = self.store.workshop("fresh")
             build_fresh_model(folder, self.task.vocabulary(), model.fresh, seed=self.config.seed)
-            policy = load_policy(folder, device=model.device, dtype=model.dtype, attn=model.attention)
+            policy = load_policy(folder, device=self._device, dtype=model.dtype, attn=model.attention)
             shutil.rmtree(folder)
         if policy.head is None:
             head = ValueHead(policy.model.config.hidden_size, model.value_width, seed=self.config.seed)
@@ -257,6 +260,15 @@ class Trainer:
             assert model.path is not None  # the config says so
             lora.add(policy, model.path, model.lora, seed=self.config.seed)
         return policy
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.cluster.sharding == "fsdp2" and self.group.size > 1
+
+    @property
+    def _device(self) -> str:
+        """Where a policy is loaded: a sharded one goes on to its devices in parts."""
+        return "cpu" if self._sharded else self.config.model.device
 
     @property
     def _has_kl(self) -> bool:
@@ -269,7 +281,7 @@ class Trainer:
         reference = None
         if self._has_kl:
             first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
-            reference = load_policy(first, device=model.device, dtype=model.dtype, attn=model.attention)
+            reference = load_policy(first, device=self._device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
             self._learner.load_state_dict(optimizer)
@@ -279,7 +291,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> tuple[Policy, dict[str, Any] | None]:
         model = self.config.model
         policy, optimizer, _ = checkpoints.load(
-            checkpoint, device=model.device, dtype=model.dtype, attn=model.attention, merge=False
+            checkpoint, device=self._device, dtype=model.dtype, attn=model.attention, merge=False
         )
         return policy, optimizer
 
@@ -294,7 +306,7 @@ class Trainer:
     def _write(self, name: str, iteration: int, beside: dict[str, Any], state: dict[str, Any]) -> None:
         """Write weights and optimiser in the form of a checkpoint, from rank 0; the last of a phase ends its partial
         state."""
-        policy, optimizer = self.learner.policy, self.learner.state_dict()
+        policy, optimizer = self.learner.complete()
         optimizer = {"optimizer": optimizer, **beside} if beside else optimizer
 
         def write() -> None:

@@ -84,12 +84,14 @@ class LearnerActor:
         self._progress = (done, total, facts)
 
     def warm_up(self) -> dict[str, Any]:
+        self._note(0, 0, {})
         return self._together(lambda trainer: trainer.warm_up(self._note))
 
     def restore(self, checkpoint: Path) -> None:
         self._together(lambda trainer: trainer.restore(checkpoint))
 
     def learn(self, iteration: int, shards: Sequence[Path]) -> dict[str, Any]:
+        self._note(0, 0, {})
         return self._together(lambda trainer: trainer.learn(iteration, shards, self._note))
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:

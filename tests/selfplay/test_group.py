@@ -21,6 +21,7 @@ from selfplay.group import Alone, Group, GroupLost, PeerError, agree, shares
 from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import AlphaZero, Sft
 from selfplay.optimizers import OptimizerSettings
+from selfplay.sharded import complete
 from tests.models import make_policy
 from tests.selfplay.groups import run_group
 from tests.selfplay.learning import FakeTrace, random_tree, tiny_policy
@@ -55,8 +56,8 @@ def policy_of(case: dict[str, Any], seed: int = 0) -> Policy:
     return policy
 
 
-def learn(case: dict[str, Any], group: Group, steps: int = 1) -> dict[str, Any]:
-    """Gradients of the first step, weights after the last, and the metrics."""
+def learn(case: dict[str, Any], group: Group, steps: int = 1, shard_on: str | None = None) -> dict[str, Any]:
+    """Gradients of the first step, weights after the last, and the metrics; those of `shard_on` complete on rank 0."""
     policy = policy_of(case)
     settings = LearnerSettings(
         OptimizerSettings(case.get("optimizer", "adamw"), lr=3e-3),
@@ -64,6 +65,8 @@ def learn(case: dict[str, Any], group: Group, steps: int = 1) -> dict[str, Any]:
         batch_tokens=case.get("tokens", 128),
         max_length=64,
         threads=case.get("threads", 1),
+        shard_on=shard_on,
+        gradient_checkpointing=case.get("recompute", False),
     )
     objective = case.get("objective", AlphaZero(nll=0.5))
     learner = Learner(policy, objective, settings, reference=policy_of(case, seed=5), group=group)
@@ -80,7 +83,8 @@ def learn(case: dict[str, Any], group: Group, steps: int = 1) -> dict[str, Any]:
 
     def keep() -> float:
         if not gradients:
-            gradients.extend(None if p.grad is None else p.grad.clone() for p in learner.optimizer.parameters)
+            found = (None if p.grad is None else p.grad.clone() for p in learner.optimizer.parameters)
+            gradients.extend(complete(list(found), keep=True))
         return clip()
 
     learner.optimizer.clip = keep  # type: ignore[method-assign]
@@ -90,7 +94,8 @@ def learn(case: dict[str, Any], group: Group, steps: int = 1) -> dict[str, Any]:
     return {
         "gradients": gradients,
         "metrics": metrics,
-        "weights": [p.detach().clone() for p in learner.optimizer.parameters],
+        "weights": complete([p.detach().clone() for p in learner.optimizer.parameters], keep=True),
+        "optimizer": complete(learner.optimizer.state_dict(), keep=True),
     }
 
 

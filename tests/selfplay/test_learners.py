@@ -92,13 +92,12 @@ def test_actors_learn_what_two_processes_learn_although_they_are_killed(
     for rank in (1, 0):
         call = learners.learn(1, [])
         began = time.monotonic()
-        while (learners.progress() or (0, 0, {}))[0] % 40 < 10:
+        while (learners.progress() or (0, 0, {}))[:2] not in ((10, 40), (20, 40), (30, 40)):
             assert time.monotonic() < began + DEADLINE
         os.kill(learners.process_ids()[rank], signal.SIGKILL)
         with pytest.raises(RayError) as caught:
             get(call)
         assert not isinstance(caught.value, RayTaskError)  # a death, no error of the trainer's
-        assert path_of(run / "checkpoints" / "partial", 1).is_dir()
         learners.restart()
         get(learners.restore(path_of(run / "checkpoints", 0)))
     metrics = get(learners.learn(1, []))

@@ -15,10 +15,12 @@ import torch
 from selfplay import checkpoint
 from selfplay.config import Config
 from selfplay.errors import Interrupted
+from selfplay.group import Group
 from selfplay.shards import list_shards
 from selfplay.store import Place
 from selfplay.store_disk import epoch_folder
 from selfplay.trainer import Trainer
+from tests.selfplay.groups import run_group
 from tests.selfplay.test_resume import outcome, run_child, undisturbed  # noqa: F401
 from tests.selfplay.tiny_run import CONFIG, SAVED, tiny_config
 
@@ -182,3 +184,26 @@ def test_a_run_killed_within_a_saved_phase_resumes_to_the_same_end(
     assert "begins again" not in resumed.stderr
     assert outcome(run) == undisturbed
     assert not (run / "checkpoints" / "partial").exists()
+
+
+def stopped_group(group: Group, run: Path) -> list[Any]:
+    """A group in which one rank alone is asked to stop, and one that goes on where it stopped: metrics, steps seen."""
+    config = config_of("adamw", "cluster={executor: ray, learners: 2}")
+    stopped = Trainer(config, held(run), group)
+    try:
+        phase(stopped, run, "learn", Steps(stopped, stop_at=10 * group.rank))
+    except Interrupted:
+        again, steps = Trainer(config, held(run), group), Steps()
+        found = phase(again, run, "learn", steps)
+        through = Trainer(config, held(run), group)
+        through.store.remove("checkpoints/partial") if group.rank == 0 else None
+        group.gather("")
+        expected = phase(through, run, "learn", Steps())
+        return [found == expected, same(everything(again), everything(through)), steps.seen]
+    return []
+
+
+def test_a_group_stopped_by_one_of_its_ranks_goes_on_to_the_same_bits(played: Path, tmp_path: Path) -> None:
+    shutil.copytree(played, tmp_path / "run")
+    held(tmp_path / "run")
+    assert run_group(2, tmp_path, stopped_group, tmp_path / "run") == [[True, True, [14]]] * 2
