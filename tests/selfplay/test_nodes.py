@@ -168,9 +168,6 @@ def test_a_launch_is_refused_where_a_node_does_not_see_the_run_folder(folder: Pa
         assert "Traceback" not in done.stdout
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a node that is gone before it could answer counts as one that does not see the run"
-)
 def test_a_launch_is_not_refused_because_of_a_node_that_has_just_died(
     folder: Path, config: Path, inline: dict[str, Any]
 ) -> None:
