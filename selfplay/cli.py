@@ -39,7 +39,9 @@ def main() -> None:
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML config")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-    run_dir: Annotated[str | None, typer.Option(help="run folder; default runs/<config>-<time>")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="run folder, or s3://BUCKET/PREFIX; default runs/<config>-<time>")
+    ] = None,
     or_resume: Annotated[
         bool, typer.Option("--or-resume", help="continue the run that --run-dir holds, if any")
     ] = False,
@@ -75,9 +77,10 @@ def launch(
         raise typer.Exit(run_as_job(resolved, submit, run_dir, python=python, runtime_env=runtime_env))
     from selfplay.executor import check_parts
     from selfplay.run_folder import RunFolder
+    from selfplay.store import holds_run
 
-    folder = Path(run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    if or_resume and (folder / "run.json").exists():
+    folder = run_dir or f"runs/{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    if or_resume and holds_run(folder):
         print(f"{folder} holds a run: it goes on with its own config", file=sys.stderr)
         _drive(RunFolder.open(folder, _joining(address, None), check_parts))
         return
@@ -110,7 +113,7 @@ def _show_plan(config: Any, as_json: bool) -> None:
 
 @app.command(epilog="Example: selfplay resume runs/first iterations=20")
 def resume(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, from the next iteration on")] = None,
     address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
 ) -> None:
@@ -132,7 +135,7 @@ def _drive(run: Any) -> None:
 
 @app.command(epilog="Example: selfplay inspect runs/first --where \"verdict == 'correct' and sampled > 200\"")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="a run, a folder of shards, or one shard")],
+    path: Annotated[str, typer.Argument(help="a run, a folder of shards, or one shard; s3://... too")],
     trace: Annotated[str | None, typer.Option(help="draw the tree of this trace (a prefix of its id will do)")] = None,
     where: Annotated[str | None, typer.Option(help="filter, e.g. \"verdict == 'correct' and sampled > 200\"")] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort traces by; -column for descending")] = None,
@@ -145,8 +148,10 @@ def inspect(
     from rich.console import Console
 
     from selfplay.inspect import inspect_path
+    from selfplay.store import local_copy
 
-    view = inspect_path(path, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
+    folder = local_copy(path, "traces")
+    view = inspect_path(folder, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
     if as_json:
         print(json.dumps(view.data))
     else:
@@ -273,7 +278,8 @@ def grade(
 @app.command(epilog='Example: selfplay export runs/first --format sft --where "iteration >= 3" --out data/sft.parquet')
 def export(
     path: Annotated[
-        Path, typer.Argument(help="a run, a folder of shards, or one shard; prm-model: a run or checkpoint")
+        str,
+        typer.Argument(help="a run, a folder of shards, a shard (s3://... too); prm-model: a run or checkpoint"),
     ],
     form: Annotated[str, typer.Option("--format", help="sft, preference, stepwise, prm, or prm-model")],
     out: Annotated[Path, typer.Option(help="FILE.parquet or FILE.jsonl; prm-model: a new folder")],
@@ -289,6 +295,7 @@ def export(
 ) -> None:
     """Traces for other trainers, in TRL's columns, or the value head as a Hugging Face reward model."""
     from selfplay.errors import UserError
+    from selfplay.store import local_copy
 
     if form == "prm-model":
         from selfplay.export_prm import export_prm
@@ -296,14 +303,15 @@ def export(
         for name, given in (("--where", where), ("--joiner", joiner), ("--tokenizer", tokenizer)):
             if given is not None:
                 raise UserError(f"{name} is for traces and prm-model exports weights; leave it out")
-        found = export_prm(path, out, approximate=approximate)
+        found = export_prm(local_copy(path, "checkpoints"), out, approximate=approximate)
     else:
         from selfplay.export import export_path
 
         if approximate:
             raise UserError(f"--approximate is for prm-model, and {form} exports traces; leave it out")
+        source = local_copy(path, "traces", "tokenizer")
         found = export_path(
-            path, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
+            source, form, out, where=where, gap=gap, value=value, joiner=joiner, tokenizer=tokenizer
         ).data()
     if as_json:
         print(json.dumps(found))
@@ -314,34 +322,36 @@ def export(
 
 @app.command(epilog="Example: selfplay status runs/first")
 def status(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Where a run stands, from its folder alone; also while its driver is dead."""
     from selfplay.status import read_status
+    from selfplay.store import local_copy
 
-    found = read_status(run)
+    found = read_status(local_copy(run, "heartbeat.json", "metrics.jsonl", "traces"))
     print(json.dumps(found.data()) if as_json else "\n".join(found.lines()))
 
 
 @app.command(epilog="Example: selfplay doctor runs/first")
 def doctor(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
     from selfplay.doctor import examine
     from selfplay.report import Line
+    from selfplay.store import whole_copy
 
     findings = []
     with Line() as line:
-        for finding in examine(run, line.show):
+        for finding in examine(whole_copy(run), line.show):
             findings.append(finding)
             if not as_json:
                 line.clear()
                 print(finding.line, flush=True)
     if as_json:
-        print(json.dumps({"run": str(run), "findings": [finding.data() for finding in findings]}))
+        print(json.dumps({"run": run, "findings": [finding.data() for finding in findings]}))
     elif not findings:
         print(f"{run} keeps every promise that a folder can show")
     if findings:

@@ -37,6 +37,8 @@ def drive(run: RunFolder) -> int:
             def both(event: Event) -> None:
                 watch(event)
                 board(event)
+                if event.phase == "iteration":
+                    run.store.push("tensorboard")
 
             loop = Loop(run, executor, both)
             grace = stack.enter_context(graceful(loop, run.config.cluster.grace_seconds))
@@ -45,8 +47,8 @@ def drive(run: RunFolder) -> int:
         state = "ended"
     except (KeyboardInterrupt, Stopped, Interrupted) as stop:
         state = "interrupted"
-        message = f"interrupted; everything committed so far is kept, go on with: selfplay resume {shown(run.path)}"
-        print(message, file=sys.stderr)
+        command = f"selfplay resume {shown(run.place.url)}"
+        print(f"interrupted; everything committed so far is kept, go on with: {command}", file=sys.stderr)
         number = stop.number if isinstance(stop, Stopped) else grace.asked
         return EXIT_CODES[number or signal.SIGINT]
     finally:
@@ -58,7 +60,7 @@ def drive(run: RunFolder) -> int:
 def _tell(run: RunFolder, rows: list[dict[str, Any]]) -> None:
     """The table, the curve, and what to try next."""
     console = Console()
-    name = shown(run.path)
+    name = shown(run.place.url)
     console.print(final_table(rows))
     console.print(f"curve: {name}/curve.png\nnext:", highlight=False, soft_wrap=True)
     solve = f"solve {name} {shlex.quote(_example(run.config))}"
@@ -66,9 +68,10 @@ def _tell(run: RunFolder, rows: list[dict[str, Any]]) -> None:
         console.print(f"  selfplay {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def shown(path: Path) -> Path:
-    """The path as a user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def shown(url: str) -> str:
+    """The run as a user would type it."""
+    path = Path(url)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else url
 
 
 def _example(config: Config) -> str:

@@ -39,13 +39,14 @@ class Mirror:
             self._etags.mkdir(parents=True, exist_ok=True)
 
     def pull(self, name: str, only: Callable[[str], bool] = lambda _: True) -> Path:
-        """Fetch what changed below `name` (a file or a folder; the whole run for an empty one), of those names that
-        `only` admits; delete what is gone."""
+        """Fetch what changed below `name` (a file or a folder; an empty one means all that is not pending), of those
+        names that `only` admits; delete what is gone."""
         inside = f"{name}/" if name else ""
         there = {
             found.key: found.etag
             for found in self._bucket.list(name)
-            if (found.key == name or found.key.startswith(inside)) and not found.key.startswith(f"{PENDING}/")
+            if (found.key == name or found.key.startswith(inside))
+            and found.key.startswith(f"{PENDING}/") == name.startswith(f"{PENDING}/")
         }
         for known in self._known(name):
             if known not in there:

@@ -279,6 +279,8 @@ def reanalyse_run(
     iterations only, where given. Raises UserError, ShardError, CheckpointError, RunError."""
     began = time.perf_counter()
     config = run.config
+    for name in ("checkpoints", "traces"):
+        run.store.pull(name)
     version = checkpoints.latest(run.checkpoints) if checkpoint is None else checkpoint
     if version is None:
         raise UserError(f"{run.path} has no checkpoint yet; `selfplay resume` it first")

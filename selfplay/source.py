@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from selfplay.config import Config, EngineConfig, Part, PlayConfig, SearchConfig, load_config
 from selfplay.errors import UserError
+from selfplay.store import local_copy
 
 if TYPE_CHECKING:
     from mcts.engines.server import ServerEngine
@@ -60,7 +61,7 @@ def find_source(model: str, task: str | None = None) -> Source:
     """
     from selfplay import checkpoint
 
-    path = Path(model).absolute()
+    path = local_copy(model, "checkpoints").absolute()
     if not path.exists():
         path = _cached(model)
     if not path.is_dir():

@@ -25,6 +25,7 @@ from selfplay.config import load_config
 from selfplay.heartbeat import BEAT_SECONDS, FILE, parse
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import list_shards
+from selfplay.store import local_copy
 
 SILENT_SECONDS = 10 * BEAT_SECONDS
 """Ten beats missed is more than load and the caches of a shared disk explain."""
@@ -144,9 +145,10 @@ def _heldout(figure: dict[str, Any] | None) -> str:
     return f"pass@1 {figure['pass1']:.1%}{interval} after iteration {figure['iteration']}"
 
 
-def read_status(run: Path, *, now: float | None = None) -> Status:
-    """Where the run in the folder `run` stands. Writes nothing. Raises RunError where there is no run, or where its
-    own documents are damaged, ConfigError for a damaged config."""
+def read_status(url: str | Path, *, now: float | None = None) -> Status:
+    """Where the run in a folder or in object storage stands. Writes nothing there. Raises RunError where there is no
+    run, or where its own documents are damaged, ConfigError for a damaged config."""
+    run = local_copy(url, FILE, "metrics.jsonl")
     facts = read_run(run)
     config = load_config(run / "config.yaml")
     beat = read_heartbeat(run)
@@ -155,17 +157,21 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     iteration = beat.get("iteration")
     if not isinstance(iteration, int):
         iteration = max(0, last) if rows else None
+    if iteration is not None:
+        local_copy(url, f"traces/iteration={iteration:05d}")
     played = _played(run, iteration)
     searched = [row for row in rows if row.get("problems") and row["iteration"] != iteration]
     scored = [row for row in rows if row.get("heldout_pass1") is not None]
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
     given = beat.get("workers")
     workers: dict[str, Any] = given if isinstance(given, dict) else {}
+    newest = checkpoints.latest(run / "checkpoints")
+    newest = -1 if newest is None else newest  # of a mirror it may be an older one
     now = time.time() if now is None else now
     as_of = _number(beat.get("time"))
-    state, says = _state(run, beat, None if as_of is None else now - as_of, finished=last >= config.iterations)
+    state, says = _state(str(url), beat, None if as_of is None else now - as_of, finished=last >= config.iterations)
     return Status(
-        run=str(run),
+        run=str(url),
         id=str(facts["id"]),
         epoch=int(facts["epoch"]),
         state=state,
@@ -195,7 +201,7 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         failed_problems=beat.get("failed_problems"),
         staleness=beat.get("staleness", rows[-1].get("staleness") if rows else None),
         played_version=played.version,
-        checkpoint=checkpoints.latest(run / "checkpoints"),
+        checkpoint=max(newest, last) if max(newest, last) >= 0 else None,
         packages=dict(facts.get("packages") or {}),
         heldout={
             "iteration": scored[-1]["iteration"],
@@ -234,7 +240,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _state(run: Path, beat: dict[str, Any], age: float | None, *, finished: bool) -> tuple[str, str]:
+def _state(run: str, beat: dict[str, Any], age: float | None, *, finished: bool) -> tuple[str, str]:
     """The state and its sentence."""
     go_on = f"go on with: selfplay resume {run}"
     said = beat.get("state")
@@ -307,7 +313,9 @@ def _played(run: Path, iteration: int | None) -> _Played:
         try:
             table = small_columns(shard, ("verdict", "usage", "policy_version"))
         except (pa.ArrowException, OSError) as error:
-            found.unreadable.append(f"{shard} cannot be read ({str(error).splitlines()[0]}): selfplay doctor {run}")
+            found.unreadable.append(
+                f"{shard} cannot be read ({str(error).splitlines()[0]}); look with `selfplay doctor`"
+            )
             continue
         found.units += 1
         found.searches += table.num_rows

@@ -132,15 +132,33 @@ def is_remote(url: str) -> bool:
     return url.startswith("s3://")
 
 
+def holds_run(url: str) -> bool:
+    """Whether there is a run that can be resumed. Raises RunError where that cannot be found out."""
+    if not is_remote(url):
+        return (Path(url) / "run.json").exists()
+    from selfplay.s3 import Bucket
+
+    return Bucket(url).etag("run.json") is not None
+
+
 def local_copy(url: str | Path, *prefixes: str) -> Path:
     """A folder or file for reading: `url` itself on a disk; of object storage (a run, or anything inside one) its
-    mirror on this node, up to date below those `prefixes` of the run, or below all of `url` without. Of checkpoints
-    only the newest comes, without its optimiser state. Raises RunError."""
+    mirror on this node, up to date below those `prefixes` of the run, or below all of `url` without. `checkpoints`
+    means the newest one without its optimiser state, `tokenizer` without its weights too. Raises RunError."""
     if not is_remote(str(url)):
         return Path(url)
     from selfplay.store_s3 import mirror_of
 
     return mirror_of(str(url), prefixes)
+
+
+def whole_copy(url: str | Path) -> Path:
+    """Like `local_copy`, with everything that a run keeps: all checkpoints, and their optimiser states."""
+    if not is_remote(str(url)):
+        return Path(url)
+    from selfplay.store_s3 import mirror_of
+
+    return mirror_of(str(url), (), whole=True)
 
 
 def checkpoint_numbers(names: Iterable[str]) -> list[int]:

@@ -136,12 +136,13 @@ class DiskStore:
                 gone.unlink()
 
     def check(self) -> None:
-        if self._own.is_dir():
-            return
         run, host = self.root, socket.gethostname()
-        if not (run / "run.json").is_file():
+        facts = json.loads(_read(run, "run.json") or "{}")
+        if self._own.is_dir() and facts.get("id", self.place.run_id) == self.place.run_id:
+            return
+        if facts.get("id") != self.place.run_id:
             raise RunError(f"{host} does not see the run folder {run}; mount it there, at the same path")
-        newest = max(json.loads(_read(run, "run.json") or "{}").get("epoch", 0), 0, *epochs(run))
+        newest = max(facts["epoch"], 0, *epochs(run))
         if newest > self.place.epoch:
             raise Fenced(
                 f"{run} was taken over by another driver (epoch {newest}); this one (epoch {self.place.epoch}) stops "

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -240,8 +240,8 @@ class S3Home:
         return None
 
 
-def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
-    """See `store.local_copy`."""
+def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path:
+    """See `store.local_copy` and, for `whole`, `store.whole_copy`."""
     url = url.rstrip("/")
     root, inside = url, ""
     while root.count("/") > 2:
@@ -256,12 +256,14 @@ def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
     mirror = Mirror(bucket, json.loads(facts)["id"])
     for wanted in (RUN, "config.yaml", *([inside] if inside else prefixes or [""])):
         name = wanted
-        if wanted == "checkpoints":
+        if wanted in ("checkpoints", "tokenizer"):
             there = checkpoint_numbers(found.key for found in bucket.list("checkpoints/"))
             if not there:
                 continue
             name = f"checkpoints/{there[-1]:05d}"
-        mirror.pull(name, _is_for_reading)
+        left_out = (".safetensors", ".bin", "/optimizer.pt") if wanted == "tokenizer" else ("/optimizer.pt",)
+        reading = name.startswith("checkpoints/") and not whole
+        mirror.pull(name, _without(left_out) if reading else lambda _: True)
     return mirror.root / inside if inside else mirror.root
 
 
@@ -270,8 +272,8 @@ def _is_older(folder: str, epoch: int) -> bool:
     return folder < epoch_folder(Path(), epoch).name
 
 
-def _is_for_reading(name: str) -> bool:
-    return not name.endswith("/optimizer.pt")
+def _without(endings: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda name: not name.endswith(endings)
 
 
 def _read(bucket: Bucket, name: str) -> str | None:

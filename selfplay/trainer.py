@@ -165,7 +165,8 @@ class Trainer:
             return [trace for shard in shards for trace in iter_traces(shard)]
         if self._version is None:
             raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
-        weights = checkpoints.weights_digest(checkpoints.path_of(self.store.root / "checkpoints", self._version))
+        base = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), self._version))
+        weights = checkpoints.weights_digest(base)
         settings = self.learner.settings
         threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
         return list(fresh_traces(self.store, shards, Scorer(self.learner.models, self._version, weights, threads)))

@@ -79,10 +79,10 @@ class Node:
     ) -> Process:
         """Start a command on this node, standard error with standard output."""
         outer = subprocess.Popen(
-            [*self.space.enter, *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
+            [*self.space.enter(cwd), *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            text=True, cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
-        process = Process(outer, nested=bool(self.space.enter))
+        process = Process(outer, nested=isinstance(self.space, Space))
         self._started = [p for p in self._started if p.poll() is None] + [process]
         return process
 
@@ -248,11 +248,11 @@ class Cluster:
             ("mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", "/dev/shm"),
             *(("mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(folder)) for folder in self._private),
         ):
-            checked([*node.space.enter, *line], f"{node.name}: {' '.join(line)}")
+            checked([*node.space.enter(), *line], f"{node.name}: {' '.join(line)}")
 
     def _in_switch(self, *command: str) -> None:
         assert self.switch is not None
-        checked([*self.switch.enter_network, *command], " ".join(command))
+        checked([*self.switch.enter_network(), *command], " ".join(command))
 
     def cut(self, node: Node) -> None:
         """Pull the node's cable: packets are lost, connections hang, processes live on."""

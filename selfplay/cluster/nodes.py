@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """Between two looks at which nodes there are."""
 ANSWER_SECONDS = 120.0
-"""How long a node may take to answer whether it sees the run."""
+"""How long a node may take to answer whether it sees the run; a worker that starts there later looks again."""
 
 
 def connect(config: Config) -> None:
@@ -71,8 +71,6 @@ class Nodes:
         self._config = config
         self._looked = -math.inf
         self._fit = 0
-        self.unfit: set[str] = set()
-        """Nodes that do not see the run; no worker is placed there."""
 
     def alive(self) -> list[dict[str, Any]]:
         return [node for node in ray.nodes() if node["Alive"]]
@@ -119,7 +117,7 @@ class Nodes:
         """Run a Ray task once on every living node: node id -> (address, its result or the error that it raised).
 
         Only an answer counts. A node that gives none is asked again until it answers or is known to be dead, which
-        takes Ray a while; after ANSWER_SECONDS its last error stands.
+        takes Ray a while; after ANSWER_SECONDS it is left out.
         """
         found: dict[str, tuple[str, Any]] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -131,9 +129,12 @@ class Nodes:
                 except RayTaskError as error:
                     found[node] = (silent[node], error.cause if isinstance(error.cause, Exception) else error)
                 except RayError as error:
-                    if time.monotonic() > deadline:
-                        found[node] = (silent[node], error)
-            if any(node not in found for node in silent):
+                    log.info("node %s gives no answer yet: %s", silent[node], error)
+            unheard = [address for node, address in silent.items() if node not in found]
+            if unheard and time.monotonic() > deadline:
+                log.warning("no answer from node %s within %.0f s; the run begins", ", ".join(unheard), ANSWER_SECONDS)
+                break
+            if unheard:
                 time.sleep(LOOK_SECONDS)
         return found
 

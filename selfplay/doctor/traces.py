@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
         number: expected_units(_played_with(paths, configs) or config, pool) for number, paths in iterations.items()
     }
     yield from unit_faults(iterations, expected, progress)
-    done, newest = 0, -1
+    done = 0
+    newest: dict[int, int] = {}
     for number, paths in sorted(iterations.items()):
         at = Iteration(number, versions_of(documents, number))
         whole = True
@@ -48,10 +50,9 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
             done += 1
         if whole and len(paths) == expected[number].parts:
             yield from metric_faults(documents, at)
-        if at.newest < newest and at.rows and not documents.rolled_back(number):
-            what = f"was played by version {at.newest} at most, and the iteration before by {newest}"
-            yield Finding("versions", folder_of(number), what, f"do not train on it, {RESTORE}")
-        newest = at.newest
+        if at.rows:
+            newest[number] = at.newest
+    yield from order_faults(newest, documents.rolled_back)
 
 
 def progress_of(documents: Documents, config: Config) -> Progress:
@@ -72,6 +73,14 @@ def versions_of(documents: Documents, iteration: int) -> set[int]:
     newest = range(max(0, iteration - 1 - staleness), iteration)
     known = range(max(1, iteration - 2 * staleness), iteration + 1)  # an evaluation may end so much later
     return {*newest, *(documents.good(at) for at in known if documents.good(at) != at - 1)}
+
+
+def order_faults(newest: Mapping[int, int], rolled_back: Callable[[int], bool]) -> Iterator[Finding]:
+    """Versions that go back without a rollback; `newest` holds the newest one that played each iteration."""
+    for before, number in itertools.pairwise(sorted(newest)):
+        if newest[number] < newest[before] and not rolled_back(number):
+            what = f"was played by version {newest[number]} at most, and iteration {before} by {newest[before]}"
+            yield Finding("versions", folder_of(number), what, f"do not train on it, {RESTORE}")
 
 
 def _played_with(shards: list[Path], configs: Mapping[str, Config]) -> Config | None:
@@ -97,7 +106,7 @@ def shard_faults(
 ) -> Iterator[Finding]:
     """One shard: checksums, schema, who wrote it, and every row."""
     where = path.relative_to(run).as_posix()
-    cure = RESTORE if at.number <= progress.finished else REPLAY
+    cure = REPLAY if at.number >= progress.needed else RESTORE
     faults = ShardFaults()
     rows, schema = 0, None
     try:

@@ -90,7 +90,8 @@ def unit_faults(
         missing = sorted(set(range(count)) - parts.keys())
         if missing and iteration <= progress.finished and not progress.may_lack(iteration):
             what = f"lacks part {_ranges(missing)} of {count} although the iteration is finished"
-            yield Finding("units", folder, what, RESTORE)
+            cure = f"{RESTORE}, or resume, which plays it again" if iteration >= progress.needed else RESTORE
+            yield Finding("units", folder, what, cure)
 
 
 def folder_of(iteration: int) -> str:

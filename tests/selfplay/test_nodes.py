@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def config(folder: Path) -> Path:
     """The tiny run with two workers."""
-    path = folder / "tiny.yaml"
+    path = folder / "two-workers.yaml"
     path.write_text(CONFIG.replace("executor: inline", "executor: ray, workers: 2"), encoding="utf-8")
     return path
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfplay import cli
+from selfplay.config import ConfigError
 from selfplay.executor import InlineExecutor
 from selfplay.loop import Loop
 from selfplay.reanalyse import reanalyse_path
@@ -75,6 +76,13 @@ def test_a_phase_done_again_gives_the_same_bits_whatever_was_left_of_it(run: Pat
     for folder, pattern in (("checkpoints", "*.safetensors"), ("reanalysis", "*.arrow")):
         assert contents(killed / folder, pattern) == contents(run / folder, pattern)
     assert list((killed / "pending").iterdir()) == []
+
+
+def test_reanalysis_under_a_sharded_model_is_refused() -> None:
+    sharded = "cluster={executor: ray, learners: 2, sharding: fsdp2}"
+    tiny_config(sharded)
+    with pytest.raises(ConfigError, match=r"set learn\.reanalyse: false or cluster\.sharding: none"):
+        tiny_config(sharded, "learn.reanalyse=true")
 
 
 def test_the_command_scores_a_run_once(

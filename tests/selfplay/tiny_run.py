@@ -57,10 +57,11 @@ def _die() -> None:
 def arrange(moment: str) -> None:
     """Patch the product so that this process is killed at `moment` of iteration 1 (warm-up: iteration 0)."""
     from selfplay import loop, report, trainer
+    from selfplay.s3 import Bucket
     from selfplay.store_disk import DiskStore
 
     show = report.Watch.__call__
-    link, commit, publish = os.link, DiskStore.commit, DiskStore.publish
+    link, commit, publish, upload = os.link, DiskStore.commit, DiskStore.publish, Bucket.upload
     finish = loop.Loop._evaluate
     commits = 0
 
@@ -88,6 +89,14 @@ def arrange(moment: str) -> None:
             os.link = linked  # type: ignore[assignment]
         return commit(self, pending, name)
 
+    def uploaded(self: Bucket, key: str, path: Path, **how: Any) -> str:
+        if moment == "during checkpoint" and key == "checkpoints/00001/state.json":
+            _die()
+        etag = upload(self, key, path, **how)
+        if moment == "during commit" and key == "traces/iteration=00001/part-00001.arrow":
+            _die()
+        return etag
+
     def torn(self: DiskStore, folder: Path, name: str) -> Path:
         if name == "checkpoints/00001" and moment == "during checkpoint":
             rename = os.rename
@@ -107,6 +116,7 @@ def arrange(moment: str) -> None:
     report.Watch.__call__ = watch  # type: ignore[method-assign]
     DiskStore.commit = counted  # type: ignore[method-assign]
     DiskStore.publish = torn  # type: ignore[method-assign]
+    Bucket.upload = uploaded  # type: ignore[method-assign]
     loop.Loop._evaluate = evaluate  # type: ignore[method-assign]
     if moment == "building the model":
         trainer.build_fresh_model = lambda folder, *_a, **_k: (folder.mkdir(), _die())  # type: ignore[assignment]
@@ -129,11 +139,12 @@ def main(moment: str, run: str, given: str | None = None) -> None:
 
     if moment != "never":
         arrange(moment)
-    folder = Path(run)
-    if (folder / "run.json").exists():
+    from selfplay.store import holds_run
+
+    if holds_run(run):
         sys.argv = ["selfplay", "resume", run]
     else:
-        config = folder.parent / "tiny.yaml" if given is None else Path(given)
+        config = Path(run).parent / "tiny.yaml" if given is None else Path(given)
         if given is None:
             config.write_text(CONFIG, encoding="utf-8")
         sys.argv = ["selfplay", "launch", str(config), "--run-dir", run]
