@@ -4,7 +4,8 @@
 
 Learns the same items with 1 process of 1 thread, 1 process of 2 threads and 2 processes of 1 thread each, which take
 turns; prints useful tokens per second of wall-clock time (median and every repetition), and the data-parallel
-efficiency: what 2 processes do over twice what 1 does. `examples`: worked examples of the config's task, drawn and
+efficiency: what 2 processes do over twice what 1 does, and the same by CPU seconds, which other work on the machine
+disturbs less and which leaves out waiting. `examples`: worked examples of the config's task, drawn and
 encoded on every rank, as in warm-up. `trees`: search trees of the shape of Countdown's, prepared on every rank. All
 wait while one learns; the machine must have two free cores, so its load is printed beside the figures.
 """
@@ -67,7 +68,7 @@ def learn(trainer: Trainer, kind: str, steps: int, traces: list[Trace]) -> float
 
 
 def rank(number: int, path: Path, learners: int, threads: int, steps: int, run: Path, pipe: Connection) -> None:
-    """One process: meet the others, warm up, then learn whenever told to; answers (tokens, seconds)."""
+    """One process: meet the others, warm up, then learn whenever told to; answers (tokens, seconds, CPU seconds)."""
     torch.set_num_threads(1)
     group: Group = Alone()
     if learners > 1:
@@ -84,9 +85,9 @@ def rank(number: int, path: Path, learners: int, threads: int, steps: int, run: 
         learn(trainer, kind, 1, traces[:32])  # whatever is made once
     pipe.send("ready")
     while (kind := pipe.recv()) is not None:
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         tokens = learn(trainer, kind, steps, traces)
-        pipe.send((tokens, time.perf_counter() - began))
+        pipe.send((tokens, time.perf_counter() - began, time.process_time() - busy))
 
 
 def main() -> None:
@@ -99,6 +100,7 @@ def main() -> None:
     context = get_context("spawn")
     load = os.getloadavg()[0]
     rates: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in KINDS}
+    costs: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in KINDS}
     with TemporaryDirectory() as folder:
         run = Path(folder)
         epoch_folder(run, 1).mkdir(parents=True)
@@ -124,7 +126,8 @@ def main() -> None:
                     for pipe in ours:
                         pipe.send(kind)
                     answers = [pipe.recv() for pipe in ours]
-                    rates[kind][way].append(answers[0][0] / max(seconds for _, seconds in answers))
+                    rates[kind][way].append(answers[0][0] / max(seconds for _, seconds, _ in answers))
+                    costs[kind][way].append(max(busy for _, _, busy in answers) / answers[0][0])
         for pipe in (pipe for ours in pipes.values() for pipe in ours):
             pipe.send(None)
         for process in processes:
@@ -138,18 +141,21 @@ def main() -> None:
     for kind in KINDS:
         middle = {way: statistics.median(found) for way, found in rates[kind].items()}
         one, threaded, two = middle.values()
+        busy = [statistics.median(found) for found in costs[kind].values()]
+        cpu = busy[0] / (2 * busy[2])
         result[kind] = {
             "tokens_per_second": {way: [round(each) for each in found] for way, found in rates[kind].items()},
             "median": {way: round(value) for way, value in middle.items()},
             "threads_gain": round(threaded / one, 2),
             "processes_gain": round(two / one, 2),
             "efficiency": round(two / (2 * one), 2),
+            "cpu_efficiency": round(cpu, 2),
         }
         print(f"{kind}: useful tokens/s, median of {arguments.repetitions} (all)")
         for way, value in middle.items():
             each = " ".join(f"{found:,.0f}" for found in rates[kind][way])
             print(f"  {way:<24}{value:>9,.0f}   {value / one:.2f} x   ({each})")
-        print(f"  efficiency of 2 processes: {two / (2 * one):.2f}")
+        print(f"  efficiency of 2 processes: {two / (2 * one):.2f}; by CPU seconds of the busier one: {cpu:.2f}")
     print(f"load of the machine: {result['load_before']} before, {result['load_after']} after; {os.cpu_count()} cores")
     print(json.dumps(result))
     if arguments.json is not None:
