@@ -101,7 +101,14 @@ class RayExecutor:
         if self._config.cluster.by_turns:
             self._fleet.rest()
         self._heard = time.monotonic()
-        self._phase, self._progress, self._call = phase, progress, phase()
+        self._phase, self._progress = phase, progress
+        self._start()
+
+    def _start(self) -> None:
+        """Call the learners; `poll` wakes when the answer is there."""
+        assert self._phase is not None
+        self._call = self._phase()
+        self._call.future().add_done_callback(self._fleet.wake)
 
     def poll(self, seconds: float) -> list[Done]:
         done: list[Done] = []
@@ -139,9 +146,8 @@ class RayExecutor:
                 return Learned({}, error.cause)
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except RayError as error:
-            assert self._phase is not None
             self._revive(error)
-            self._call = self._phase()
+            self._start()
             return None
 
     def _revive(self, error: Exception) -> None:
@@ -183,9 +189,8 @@ class RayExecutor:
             self._heard = time.monotonic()
             self._progress(*found)
         elif now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
-            assert self._phase is not None
             self._revive(RunError(f"no sign of life for {now - self._heard:.0f} s"))
-            self._call = self._phase()
+            self._start()
 
     def restore(self, checkpoint: Path) -> None:
         self._at = checkpoint

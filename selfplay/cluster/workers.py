@@ -123,6 +123,10 @@ class RayFleet:
         except queue.Empty:
             return found
 
+    def wake(self, *_: Any) -> None:
+        """Have `events` return now. May be called from any thread."""
+        self._queue.put(lambda: None)
+
     def rest(self) -> None:
         """Have every worker free its device's memory; returns when all have."""
         for member in self._members.values():
