@@ -246,10 +246,10 @@ class Supervisor:
                 assert job.whole is not None
                 parts = self._parts[job.whole.name]
                 parts[job.first] = result
+                self.restarts_left = min(self._limit, self.restarts_left + 1)
                 if sum(len(part.unit.problems) for part in parts.values()) == len(job.whole.problems):
                     del self._parts[job.whole.name]
                     self._delivered.append(Complete(job.whole, tuple(parts[i] for i in sorted(parts))))
-                    self.restarts_left = min(self._limit, self.restarts_left + 1)
             case _:
                 assert isinstance(job.order, EvaluationJob)
                 self._delivered.append(Evaluated(job.order, result))
