@@ -45,6 +45,7 @@ UNIT = 32
 SIMULATION = "simulation"
 """Part of the CPU time that a real driver does not spend."""
 SILENCE_SECONDS = 30.0
+IDLE_SECONDS = 10.0
 PLACES: list[Place] = [
     *[(SimulatedFleet, name, SIMULATION) for name in ("events", "start", "send")],
     (SimulatedLearners, "write", SIMULATION),
@@ -75,6 +76,8 @@ class Cost:
     workers: int
     others: float = 0.0
     """CPU seconds of Ray's processes beside the driver: raylet and GCS."""
+    idle: float | None = None
+    """Cores busy while no unit is played: with signs of life alone."""
 
     @property
     def per_unit(self) -> float:
@@ -94,6 +97,7 @@ class Cost:
             },
             "units_per_second": self.units / self.seconds,
             "workers": self.workers,
+            "idle_cores": self.idle,
             "ray_processes_cpu_ms_per_unit": 1e3 * self.others / self.units,
         }
 
@@ -189,6 +193,7 @@ def actors(
             loop = drive(run, executor)
             while executor.facts()["workers"]["alive"] < count:
                 executor.poll(0.5)
+            idle = _idle_cores(executor)
             ray_ids = ray_processes()
             watch = Stopwatch(time.thread_time)
             others, began, began_wall = cpu_seconds(ray_ids), time.process_time(), time.perf_counter()
@@ -205,7 +210,14 @@ def actors(
     finally:
         run.close()
     total = iterations * units
-    return Cost(total, total * UNIT, spent - simulation, dict(watch.seconds), wall, count, others)
+    return Cost(total, total * UNIT, spent - simulation, dict(watch.seconds), wall, count, others, idle)
+
+
+def _idle_cores(executor: RayExecutor) -> float:
+    began, began_wall = time.process_time(), time.perf_counter()
+    while time.perf_counter() - began_wall < IDLE_SECONDS:
+        executor.poll(0.5)
+    return (time.process_time() - began) / (time.perf_counter() - began_wall)
 
 
 def measure(
@@ -234,6 +246,9 @@ def show(rows: Sequence[Row]) -> None:
             f"{row.name}: {facts['cpu_ms_per_unit']:.2f} ms of CPU a unit, {facts['cpu_us_per_trace']:.0f} us a trace; "
             f"{row.figure:.3f} cores at {facts['unit_seconds']:g} s a unit (load {facts['load']:.1f})"
         )
+        if facts["idle_cores"] is not None:
+            beside = facts["ray_processes_cpu_ms_per_unit"]
+            print(f"  {facts['idle_cores']:.3f} cores with no unit under way; raylet and GCS {beside:.2f} ms a unit")
         for part, spent in facts["ms_per_unit_by_part"].items():
             print(f"  {part:<28}{spent:8.3f} ms a unit")
 
