@@ -29,9 +29,9 @@ from selfplay.problems import SolveRates, draw_problems
 from selfplay.repair import incomplete, replayable
 from selfplay.retention import checkpoints_gone, resume_points, traces_gone
 from selfplay.run_folder import RunFolder
-from selfplay.shards import ReplayWindow, list_shards, shard_path, trace_ages
+from selfplay.shards import ReplayWindow, list_shards, shard_key, shard_path, trace_ages
 from selfplay.stats import wilson
-from selfplay.summary import PlaySummary, summarise_shards
+from selfplay.summary import PlaySummary, merge, summarise_shards
 from selfplay.worker import Played, Unit, stream_seed, units_of
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class Loop:
         """Newest iteration whose units were handed out."""
         self.missing: dict[int, set[int]] = {}
         """Parts without a shard, of each iteration under way."""
+        self.summaries: dict[tuple[int, int], PlaySummary] = {}
+        """Of units that this driver committed, by iteration and part, until the iteration is learned from."""
         self.play_began: dict[int, float] = {}
         self.play_ended: dict[int, float] = {}
         self.evaluating: dict[int, Evaluation] = {}
@@ -277,13 +279,16 @@ class Loop:
             self._submit(iteration, base)
             self._wait(partial(self._is_played, iteration))
             del self.missing[iteration], self.play_began[iteration], self.play_ended[iteration]
+            self.summaries.clear()
 
     def _is_played(self, iteration: int) -> bool:
         return self.submitted >= iteration and not self.missing[iteration]
 
     def _commit(self, played: Played) -> None:
         iteration = played.unit.iteration
-        self.run.store.commit(played.pending, shard_path(Path(), iteration, played.unit.part).as_posix())
+        name = shard_path(Path(), iteration, played.unit.part).as_posix()
+        if self.run.store.commit(played.pending, name) and played.summary is not None:
+            self.summaries[iteration, played.unit.part] = played.summary
         missing = self.missing[iteration]
         missing.remove(played.unit.part)
         self.play_ended[iteration] = time.perf_counter()
@@ -292,7 +297,8 @@ class Loop:
             self._report("play", iteration, total - len(missing), total, {})
 
     def _summary(self, iteration: int) -> PlaySummary:
-        summary = summarise_shards(list_shards(self.run.path, first=iteration, last=iteration))
+        shards = list_shards(self.run.path, first=iteration, last=iteration)
+        summary = merge(self.summaries.pop(shard_key(shard), None) or summarise_shards([shard]) for shard in shards)
         if summary.failed == len(summary.problem_ids):
             raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")
         if summary.failed:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,17 @@ class PlaySummary:
         }
 
 
-def summarise_shards(shards: Sequence[Path]) -> PlaySummary:
+def merge(summaries: Iterable[PlaySummary]) -> PlaySummary:
+    """One summary of all, their searches in order."""
+    total = PlaySummary()
+    for one in summaries:
+        for f in fields(PlaySummary):
+            ours, theirs = getattr(total, f.name), getattr(one, f.name)
+            setattr(total, f.name, ours or theirs if f.name == "failure" else ours + theirs)
+    return total
+
+
+def summarise_shards(shards: Iterable[Path]) -> PlaySummary:
     """One pass over the small columns and the nodes' verdicts."""
     total = PlaySummary()
     for shard in shards:

@@ -46,6 +46,9 @@ SUSPICIOUS = (Cause.DIED, Cause.EXPIRED)
 """What a problem can do to its worker."""
 OUTSIDE_DEATHS = 20
 """Times that a lone problem's process may be killed from outside before the run stops and says so."""
+LOOKS = 20
+"""So many times in the shortest of its patiences the supervisor looks whether one is over: with a thousand workers a
+look costs more than what happens between two of them."""
 
 
 @dataclass(slots=True)
@@ -130,8 +133,13 @@ class Supervisor:
         self._deaths_alone = deaths_alone
         self._note = note
         self._workers: dict[int, _Worker] = {}
+        self._idle: dict[int, None] = {}
+        """Workers that are up and hold nothing."""
+        self._half: dict[int, dict[int, None]] = {}
+        """Version -> workers that hold units of it and have room for one more."""
         self._leases: dict[int, Lease] = {}
         self._next_lease = 0
+        self._next_look = clock()
         self._waiting: deque[Job] = deque()
         self._parts: dict[str, dict[int, Played]] = {}  # unit name -> first problem -> what came of the part
         self._delivered: list[Complete | Evaluated] = []
@@ -183,19 +191,27 @@ class Supervisor:
             self._lease(found, self._waiting.popleft())
 
     def _place(self, job: Job) -> int | None:
-        version = self._version_of(job)
-        best: tuple[int, int] | None = None
-        for number, worker in self._workers.items():
-            if worker.node is None or len(worker.leases) >= UNITS_PER_WORKER:
-                continue
-            held = [self._leases[lease] for lease in worker.leases]
-            if held and (job.exclusive or any(h.job.exclusive or h.version != version for h in held)):
-                continue
-            if best is None or len(held) < best[0]:
-                best = (len(held), number)
-                if not held:
-                    break
-        return None if best is None else best[1]
+        if self._idle:
+            return next(iter(self._idle))
+        if job.exclusive:
+            return None
+        return next(iter(self._half.get(self._version_of(job), ())), None)
+
+    def _note_room(self, number: int) -> None:
+        """Keep in mind what a worker has room for; after each change of what it holds."""
+        self._idle.pop(number, None)
+        for version, workers in list(self._half.items()):
+            workers.pop(number, None)
+            if not workers:
+                del self._half[version]
+        worker = self._workers.get(number)
+        if worker is None or worker.node is None or len(worker.leases) >= UNITS_PER_WORKER:
+            return
+        held = [self._leases[lease] for lease in worker.leases]
+        if not held:
+            self._idle[number] = None
+        elif not any(lease.job.exclusive for lease in held):
+            self._half.setdefault(held[0].version, {})[number] = None
 
     def _version_of(self, job: Job) -> int:
         if isinstance(job.order, EvaluationJob):
@@ -215,6 +231,7 @@ class Supervisor:
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self._leases[lease] = Lease(job, worker, self._clock() + self._lease_seconds, version)
         self._workers[worker].leases.append(lease)
+        self._note_room(worker)
         self._fleet.send(worker, lease, job.order)
 
     def _take(self, event: FleetEvent) -> None:
@@ -229,9 +246,12 @@ class Supervisor:
         match event:
             case Ready():
                 worker.node = event.node
+                self._note_room(event.worker)
             case Finished() if event.lease in worker.leases:
                 worker.leases.remove(event.lease)
-                self._finish(self._leases.pop(event.lease), event.result)
+                lease = self._leases.pop(event.lease)
+                self._note_room(event.worker)
+                self._finish(lease, event.result)
             case Lost():
                 self._lose(event.worker, event.cause, event.detail)
             case Raised():
@@ -275,6 +295,9 @@ class Supervisor:
 
     def _look_at_the_clock(self) -> None:
         now = self._clock()
+        if now < self._next_look:
+            return
+        self._next_look = now + min(self._silence_seconds, self._lease_seconds) / LOOKS
         for number, worker in list(self._workers.items()):
             if worker.node is None:
                 continue  # starting, or waiting for room: the fleet says when that fails
@@ -286,6 +309,7 @@ class Supervisor:
     def _lose(self, number: int, cause: Cause, detail: str) -> None:
         """A worker is gone, or given up: its work goes to others."""
         worker = self._workers.pop(number)
+        self._note_room(number)
         self._fleet.kill(number)
         jobs = [self._leases.pop(lease).job for lease in worker.leases]
         self.counts.leases_lost += len(jobs)

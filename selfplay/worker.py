@@ -18,6 +18,7 @@ from mcts.types import Problem, SearchResult
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.shards import shard_name, write_pending
 from selfplay.store import Place, guard, on_this_node
+from selfplay.summary import PlaySummary, summarise_shards
 from selfplay.traces import TraceContext, to_row
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Played:
     """Name of the shard within the run, for `Store.commit`."""
     seconds: float
     """From the first search's admission to the written file; units overlap."""
+    summary: PlaySummary | None = None
+    """Of its rows, so that the driver need not read them for it; None: it has to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +238,9 @@ class Worker:
         with guard(self.store):
             metadata = {"run_id": self.store.place.run_id, "config_hash": config.hash()}
             write_pending(scratch, rows, metadata, make_folder=False)
+            summary = summarise_shards([scratch])
         pending = self.store.offer(scratch)
-        return Played(unit, pending, time.perf_counter() - self._began.pop(unit.name))
+        return Played(unit, pending, time.perf_counter() - self._began.pop(unit.name), summary)
 
     def evaluate(self, job: EvaluationJob) -> list[Answered]:
         """One search per problem, in the order of the problems."""

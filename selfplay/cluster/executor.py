@@ -37,9 +37,17 @@ EVENTS_KEPT = 20
 
 
 class RayExecutor:
-    """Workers and learners as actors of a Ray of its own, or of a cluster that it joins."""
+    """Workers and learners as actors of a Ray of its own, or of a cluster that it joins. `fleet` and `learners` are
+    what manages them."""
 
-    def __init__(self, config: Config, place: Place) -> None:
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        *,
+        fleet: Callable[[Config, Place, Nodes], RayFleet] = RayFleet,
+        learners: Callable[[Config, Place], Learners] = Learners,
+    ) -> None:
         self._config = config
         self._place = place
         self._store = place.open()
@@ -47,7 +55,7 @@ class RayExecutor:
         connect(config)
         self._nodes = Nodes(config)
         prove(self._nodes, self._store)
-        self._fleet = RayFleet(config, place, self._nodes)
+        self._fleet = fleet(config, place, self._nodes)
         cluster = config.cluster
         self._supervisor = Supervisor(
             self._fleet,
@@ -60,7 +68,7 @@ class RayExecutor:
         )
         self._gauges = Gauges(place.run_id)
         self._published: dict[int, Weights] = {}
-        self._learners = Learners(config, place)
+        self._learners = learners(config, place)
         self._at: Path | None = None
         """Checkpoint that the learners begin from after a restart; None: from the config."""
         self._phase: Callable[[], Any] | None = None

@@ -55,6 +55,8 @@ class _Member:
 class RayFleet:
     """See `selfplay.fleet.Fleet`. Calls come back on Ray's own thread, into a queue that `events` reads."""
 
+    actor: type = WorkerActor
+
     def __init__(self, config: Config, place: Place, nodes: Nodes) -> None:
         self._config = config
         self._place = place
@@ -79,7 +81,7 @@ class RayFleet:
 
     def start(self) -> int:
         number, self._born = self._born, self._born + 1
-        actor_class = ray.remote(concurrency_groups={LIFE: 1})(WorkerActor)
+        actor_class = ray.remote(concurrency_groups={LIFE: 1})(self.actor)
         actor = self._nodes.place_worker(actor_class).remote(self._config, self._place)
         self._members[number] = _Member(actor)
         self._watch(number, actor.hello.remote(), self._is_up)
