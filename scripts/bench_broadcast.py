@@ -142,8 +142,9 @@ def show(rows: Sequence[Row]) -> None:
             each = " ".join(f"{seconds:.2f}" for seconds in facts["seconds"])
             print(
                 f"{facts['megabytes']:>4} MB, {facts['nodes']} nodes x {facts['workers_per_node']} workers: "
-                f"{facts['bytes_fetched'] / 1e6:.1f} MB fetched, {statistics.median(facts['seconds']):.3f} s from publish to "
-                f"loaded ({each}), publish {statistics.median(facts['publish_seconds']):.3f} s (load {facts['load']:.1f})"
+                f"{facts['bytes_fetched'] / 1e6:.1f} MB fetched, {statistics.median(facts['seconds']):.3f} s from "
+                f"publish to loaded ({each}), publish {statistics.median(facts['publish_seconds']):.3f} s "
+                f"(load {facts['load']:.1f})"
             )
 
 

@@ -45,7 +45,9 @@ def drive(run: RunFolder) -> int:
             rows = loop.go()
         run.store.put("curve.png", draw_curve(rows))
         state = "ended"
-    except (KeyboardInterrupt, Stopped, Interrupted) as stop:
+    except (KeyboardInterrupt, Stopped, Interrupted, SystemError) as stop:
+        if isinstance(stop, SystemError) and grace.asked is None:
+            raise  # otherwise it is what a late Stopped becomes inside Ray's compiled code
         state = "interrupted"
         command = f"selfplay resume {shown(run.place.url)}"
         print(f"interrupted; everything committed so far is kept, go on with: {command}", file=sys.stderr)

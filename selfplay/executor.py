@@ -40,6 +40,9 @@ class Executor(Protocol):
     its arguments and the run, so one that died with its process is done again, here or elsewhere. Paths of checkpoints
     and shards are relative to the run: each node has its own way to it."""
 
+    inline: bool
+    """Whether `poll` itself does the work; otherwise it only waits for it."""
+
     @property
     def learning(self) -> bool:
         """Whether a learning phase has begun whose checkpoint is not saved yet."""
@@ -102,6 +105,8 @@ class InlineExecutor:
     With `play.max_staleness` above 0 it plays ahead as far as that allows and then learns: the same loop, with no time
     gained.
     """
+
+    inline = True
 
     def __init__(self, config: Config, place: Place) -> None:
         self._config = config

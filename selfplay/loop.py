@@ -98,10 +98,10 @@ class Loop:
         self.stopping = False
 
     def stop(self) -> bool:
-        """Ask for an end that saves first; False where nothing needs saving: what was committed is safe anyway. A
-        learning phase saves its state and ends; a checkpoint that is being written is finished. `go` then raises
-        Interrupted."""
-        if not self.executor.learning:
+        """Ask for an end that saves first: a learning phase saves its state, a checkpoint that is being written is
+        finished, and `go` raises Interrupted; what was committed is safe anyway. False where nothing needs saving and
+        this thread is at work itself, so that only an exception ends it soon."""
+        if not self.executor.learning and self.executor.inline:
             return False
         self.stopping = True
         self.executor.stop()
@@ -298,7 +298,8 @@ class Loop:
 
     def _summary(self, iteration: int) -> PlaySummary:
         shards = list_shards(self.run.path, first=iteration, last=iteration)
-        summary = merge(self.summaries.pop(shard_key(shard), None) or summarise_shards([shard]) for shard in shards)
+        known = {key: self.summaries.pop(key) for key in list(self.summaries) if key[0] == iteration}
+        summary = merge(known.get(shard_key(shard)) or summarise_shards([shard]) for shard in shards)
         if summary.failed == len(summary.problem_ids):
             raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")
         if summary.failed:

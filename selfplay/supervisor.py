@@ -179,8 +179,16 @@ class Supervisor:
         return delivered
 
     def _staff(self) -> None:
-        for _ in range(self._fleet.wanted() - len(self._workers)):
+        """As many workers as there should be. Those too many go once they hold nothing, the ones not yet up first."""
+        wanted = self._fleet.wanted()
+        for _ in range(wanted - len(self._workers)):
             self._workers[self._fleet.start()] = _Worker(seen=self._clock())
+        if len(self._workers) > wanted:
+            starting = [number for number, worker in self._workers.items() if worker.node is None]
+            for number in [*starting[::-1], *self._idle][: len(self._workers) - wanted]:
+                del self._workers[number]
+                self._note_room(number)
+                self._fleet.kill(number)
 
     def _hand_out(self) -> None:
         """Give waiting work to workers with room, the emptiest first."""

@@ -40,6 +40,8 @@ class RayExecutor:
     """Workers and learners as actors of a Ray of its own, or of a cluster that it joins. `fleet` and `learners` are
     what manages them."""
 
+    inline = False
+
     def __init__(
         self,
         config: Config,
@@ -74,7 +76,9 @@ class RayExecutor:
         self._phase: Callable[[], Any] | None = None
         self._call: Any = None
         self._progress: Progress | None = None
-        self._asked = self._heard = 0.0
+        self._asked = 0.0
+        self._heard: float | None = None
+        """When the learners last gave a sign of life; None: not since they were started, which may wait for room."""
         self._stopping = False
 
     @property
@@ -108,7 +112,8 @@ class RayExecutor:
     def _begin(self, phase: Callable[[], Any], progress: Progress) -> None:
         if self._config.cluster.by_turns:
             self._fleet.rest()
-        self._heard = time.monotonic()
+        if self._heard is not None:
+            self._heard = time.monotonic()
         self._phase, self._progress = phase, progress
         self._start()
 
@@ -174,6 +179,7 @@ class RayExecutor:
         log.warning(line)
         self._note(line)
         self._learners.restart()
+        self._heard = None
         if (at := self._at) is not None:
             self._answer(lambda: self._learners.restore(at))
 
@@ -196,7 +202,7 @@ class RayExecutor:
         if found is not None:
             self._heard = time.monotonic()
             self._progress(*found)
-        elif now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
+        elif self._heard is not None and now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
             self._revive(RunError(f"no sign of life for {now - self._heard:.0f} s"))
             self._start()
 

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selfplay.config import Config
 from selfplay.group import Alone, Group, GroupLost, TorchGroup, agree, open_door
@@ -125,6 +127,9 @@ class Learners:
     def __init__(self, config: Config, place: Place) -> None:
         self._config = config
         self._place = place
+        cluster = config.cluster
+        seat = {"CPU": cluster.learner_cpus, **({"GPU": cluster.learner_gpus} if cluster.learner_gpus else {})}
+        self._seats = placement_group([seat] * cluster.learners, strategy="PACK")
         self._actors: list[Any] = []
         self._others: list[Any] = []
         """Calls whose results nobody else waits for."""
@@ -148,13 +153,20 @@ class Learners:
         kind = ray.remote(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, concurrency_groups={LIFE: 1})(
             LearnerActor
         )
-        actors = [kind.remote(self._config, self._place, rank) for rank in range(cluster.learners)]
+        actors = [
+            kind.options(scheduling_strategy=self._seat(rank)).remote(self._config, self._place, rank)
+            for rank in range(cluster.learners)
+        ]
         where = actors[0].open.remote() if len(actors) > 1 else None
         joining = [actor.join.remote(where) for actor in actors]
         if self._stopping:
             actors[0].stop.remote()
         with self._lock:
             self._actors, self._others, self._lost = actors, joining, False
+
+    def _seat(self, rank: int) -> PlacementGroupSchedulingStrategy:
+        """The place that is kept for a rank while its actor is dead, so that no worker takes it."""
+        return PlacementGroupSchedulingStrategy(self._seats, placement_group_bundle_index=rank)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         first, *others = [getattr(actor, name).remote(*arguments) for actor in self._actors]

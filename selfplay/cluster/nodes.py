@@ -76,9 +76,9 @@ class Nodes:
         return [node for node in ray.nodes() if node["Alive"]]
 
     def workers_wanted(self) -> int:
+        """So many as the config says, but no more than there is room for beside the learners: one that waited for room
+        would take the place of a learner that has to start again."""
         workers = self._config.cluster.workers
-        if workers != "fit":
-            return workers
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
@@ -86,7 +86,7 @@ class Nodes:
             if found != self._fit:
                 log.info("room for %d workers (before: %d)", found, self._fit)
             self._fit = found
-        return self._fit
+        return self._fit if workers == "fit" else min(workers, self._fit)
 
     def _room(self) -> int:
         """Workers that fit on all nodes beside the learners, which are taken to sit where most room is."""

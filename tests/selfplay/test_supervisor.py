@@ -164,6 +164,18 @@ def test_workers_grow_and_shrink_with_the_cluster() -> None:
     assert supervisor.alive == 2
 
 
+def test_workers_too_many_for_the_cluster_go_once_they_hold_nothing() -> None:
+    fleet = FakeFleet(4)
+    fleet.disturb = lambda: setattr(fleet, "size", 2 if fleet.now >= 5.0 else 4)
+    units = [make_unit(part) for part in range(20)]
+    supervisor = fleet.supervisor(restarts=0)
+    assert_each_once(run(supervisor, units), units)
+    for _ in range(3):
+        supervisor.poll(1.0)
+    assert supervisor.alive == len(fleet.living) == 2
+    assert supervisor.counts.leases_lost == 0
+
+
 def test_an_evaluation_goes_first_and_has_its_worker_to_itself() -> None:
     fleet = FakeFleet(1)
     supervisor = fleet.supervisor()
