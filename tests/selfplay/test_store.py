@@ -92,6 +92,7 @@ def test_a_unit_played_twice_is_committed_once_and_nothing_stays_pending(url: st
     first, second = played(store, group="a"), played(store, group="b")
     assert store.commit(first, FINAL)
     assert not store.commit(second, FINAL)
+    assert not store.commit(second, FINAL)  # also when its pending file is gone
     assert [row["group"] for row in iter_rows(store.pull(FINAL))] == ["a", "a"]
     with pytest.raises(ShardError, match="cannot read"):
         store.commit(second, "traces/iteration=00001/part-00001.arrow")
