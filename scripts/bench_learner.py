@@ -27,11 +27,12 @@ from mcts.engines.model import Policy, load_policy
 from mcts.engines.value_head import ValueHead
 from mcts.tree import Tree
 from mcts.types import Status, Step, Stop, Verdict
+from selfplay.cutting import split_paths
 from selfplay.forward import batches, check_kernels, fit, forward
 from selfplay.fresh import build_fresh_model
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
-from selfplay.packing import Item, chain, pack, split_paths
+from selfplay.packing import Item, chain, pack
 
 WORDS = 428
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)
@@ -42,9 +43,11 @@ SHAPES = {
 }
 
 
-def tree_of(rng: np.random.Generator, *, prompt: int, tokens: int, nodes: int, depth: int, width: int) -> Tree:
+def tree_of(
+    rng: np.random.Generator, *, prompt: int, tokens: int, nodes: int, depth: int, width: int, words: int = WORDS
+) -> Tree:
     """A search tree with `nodes` steps of `tokens` tokens, at most `width` below a node, leaves at `depth`."""
-    tree = Tree(rng.integers(2, WORDS, prompt).astype(np.int32))
+    tree = Tree(rng.integers(2, words, prompt).astype(np.int32))
     while len(tree) <= nodes:
         node = 0  # a simulation: down at random to an open place
         while len(tree.children[node]) >= width or (tree.children[node] and rng.random() < 0.5):
@@ -52,7 +55,7 @@ def tree_of(rng: np.random.Generator, *, prompt: int, tokens: int, nodes: int, d
             if tree.depth[node] == depth - 1 and len(tree.children[node]) >= width:
                 break
         if len(tree.children[node]) < width and tree.depth[node] < depth:
-            ids = rng.integers(2, WORDS, tokens).astype(np.int32)
+            ids = rng.integers(2, words, tokens).astype(np.int32)
             child = tree.add(node, Step("", ids, np.full(tokens, -1.0, np.float32), Stop.DELIMITER), prior=0.1)
             tree.backup(child, float(rng.random()))
     for node in range(1, len(tree)):

@@ -13,10 +13,11 @@ from bench_subject import Subject
 
 from mcts.engines.model import Policy
 from selfplay.config import SearchConfig
+from selfplay.cutting import split_paths
 from selfplay.forward import batches, check_kernels, forward
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels, winners
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
-from selfplay.packing import NO_TOKEN, Item, pack, split_paths
+from selfplay.packing import NO_TOKEN, Item, pack
 
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)
 

@@ -10,6 +10,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,8 +231,9 @@ class Storm:
         return self.random.uniform(0.5, 1.5) * self.options.every
 
     def _strike(self, now: float) -> None:
-        """One fault, of a kind drawn by weight among those that can happen now."""
-        left = dict(self.options.kinds)
+        """One fault, of a kind drawn by weight among those that can happen now, rather one that was rare so far."""
+        done = Counter(fault.kind for fault in self.faults)
+        left = {kind: weight / (1 + done[kind]) ** 2 for kind, weight in self.options.kinds.items()}
         while left:
             (kind,) = self.random.choices(list(left), weights=list(left.values()))
             fault = Fault(kind, now, self._progress.phase)

@@ -122,6 +122,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def read_files(checkpoint: Path) -> dict[str, Any]:
+    """Size and sha256 of every file of a checkpoint, by name. Checks no file."""
+    files: dict[str, Any] = _manifest(checkpoint)["files"]
+    return files
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Sha256 over the names and digests of a checkpoint's files, optimiser left out, in hex. Checks no file."""
+    files = _manifest(checkpoint)["files"]
+    listed = sorted((name, entry["sha256"]) for name, entry in files.items() if name != OPTIMIZER)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
 def verify(checkpoint: Path) -> None:
     """Raise CheckpointError naming the first file that is missing, has another size, or another content."""
     for name, entry in _manifest(checkpoint)["files"].items():

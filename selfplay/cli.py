@@ -228,6 +228,31 @@ def solve(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: selfplay reanalyse runs/first --last 3")
+def reanalyse(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    checkpoint: Annotated[int | None, typer.Option(help="whose weights; default the newest", min=0)] = None,
+    last: Annotated[int | None, typer.Option(help="iterations, counted from the newest; default all", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Score stored trees again with newer weights, into side files beside the shards."""
+    from dataclasses import asdict
+
+    from selfplay.reanalyse import reanalyse_path
+
+    shown = _plain_progress()
+    report = asdict(
+        reanalyse_path(
+            run, checkpoint=checkpoint, last=last, progress=lambda done, total: shown(f"{done} of {total} shards")
+        )
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for key, figure in report.items():
+            print(f"{key}: {figure}")
+
+
 @app.command(epilog="Example: selfplay grade answers.jsonl --verifier math")
 def grade(
     file: Annotated[Path, typer.Argument(help="JSONL of rows with the texts gold and prediction")],
@@ -316,11 +341,11 @@ def doctor(
     """Check every promise on a run folder; a line per finding. Exit code 0 where there is none, else 1."""
     from selfplay.doctor import examine
     from selfplay.report import Line
-    from selfplay.store import local_copy
+    from selfplay.store import whole_copy
 
     findings = []
     with Line() as line:
-        for finding in examine(local_copy(run), line.show):
+        for finding in examine(whole_copy(run), line.show):
             findings.append(finding)
             if not as_json:
                 line.clear()

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -24,7 +23,17 @@ from pydantic import (
     model_validator,
 )
 
+from selfplay.config_base import Part, Section
+from selfplay.config_cluster import ClusterConfig, PlanConfig, RetentionConfig
+from selfplay.config_engine import EngineConfig, ReloadConfig, ServerConfig, ValueServiceConfig
 from selfplay.errors import UserError
+
+__all__ = [
+    "ClusterConfig", "Config", "ConfigError", "EngineConfig", "EvaluateConfig", "LearnConfig", "LoraConfig",
+    "ModelConfig", "OptimizerConfig", "Part", "PlanConfig", "PlayConfig",
+    "ReloadConfig", "RetentionConfig", "SearchConfig", "Section",
+    "ServerConfig", "ValueServiceConfig", "WarmupConfig", "load_config", "parse_config",
+]  # fmt: skip
 
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What a text that is no YAML raises; ValueError for a number of 5,000 digits or a date that is none."""
@@ -32,23 +41,6 @@ NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 class ConfigError(UserError):
     """A config that cannot be used; the message is one sentence that says what to change."""
-
-
-class Section(BaseModel):
-    """Strict: an unknown key is an error, and values are never changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Part(BaseModel):
-    """A part chosen by name (or dotted path) with settings of its own, checked when it is built."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class LoraConfig(Section):
@@ -116,76 +108,6 @@ class WarmupConfig(Section):
     """Share of the task's negative examples that is used: they teach the value head alone."""
 
 
-class ValueServiceConfig(Section):
-    """A served reward model."""
-
-    url: str
-    model: str
-    endpoint: Literal["classify", "pooling"] = "classify"
-    label: int = Field(default=1, ge=0)
-    """Which of the classes' probabilities is the value."""
-    sigmoid: bool = False
-    """Set where the model returns logits."""
-    send: Literal["token_ids", "text"] = "text"
-
-
-class ReloadConfig(Section):
-    """How new weights reach a server: a preset, and/or a command that restarts it."""
-
-    preset: Literal["none", "vllm", "sglang"] = "none"
-    command: tuple[str, ...] = ()
-    """Arguments; {path} and {version} are filled in. Run without a shell."""
-    check: Literal["root", "id", "version", "logprobs"] | None = None
-    """What proves the new weights; None: the preset's own."""
-    id: str = ""
-
-
-class ServerConfig(Section):
-    """An OpenAI-compatible server that draws the steps (docs/SERVER.md)."""
-
-    url: str
-    model: str
-    """The served model's name."""
-    tokenizer: str | None = None
-    """Folder of its tokenizer; None: the policy's own."""
-    dialect: Literal["vllm", "sglang", "openai"] = "vllm"
-    prompt: Literal["token_ids", "text"] = "token_ids"
-    split: bool = False
-    """One call per sample, for servers that ignore n."""
-    in_flight: PositiveInt = 64
-    """Calls under way at once, per worker."""
-    deadline_seconds: PositiveFloat = 300.0
-    attempts: PositiveInt = 5
-    """Broken exchanges of one call before its search fails."""
-    down_seconds: NonNegativeFloat = 600.0
-    """How long a server that is down is waited for."""
-    api_key_env: str | None = None
-    """Environment variable that holds the server's key; the key itself stands in no config."""
-    value: Literal["none", "local"] | ValueServiceConfig = "none"
-    """local: the checkpoint's value head, on this machine."""
-    reload: ReloadConfig = ReloadConfig()
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """More fields of each call."""
-
-
-class EngineConfig(Section):
-    kind: Literal["torch", "server"] = "torch"
-    server: ServerConfig | None = None
-    """Needed by kind: server."""
-    rows: PositiveInt = 256
-    """Sequences that decode together; part of what fixes a trace bit for bit."""
-    kv_slots: PositiveInt = 65536
-    """Tokens whose keys and values are kept at once, per worker."""
-    max_context: PositiveInt = 128
-    """Longest prompt plus path, in tokens."""
-
-    @model_validator(mode="after")
-    def _server_is_named(self) -> EngineConfig:
-        if (self.kind == "server") != (self.server is not None):
-            raise ValueError("engine.kind: server and an engine.server section belong together; add or remove one")
-        return self
-
-
 class SearchConfig(Section):
     """How one problem is searched."""
 
@@ -219,6 +141,9 @@ class LearnConfig(Section):
     """Iterations of traces that learning draws from."""
     steps: PositiveInt = 200
     """Optimiser steps per iteration."""
+    reanalyse: bool = False
+    """Before each learning phase, score the window's traces by older weights again with the newest: the values and
+    targets of their trees are then those of the weights that learn (`selfplay.reanalyse`)."""
     items_per_step: PositiveInt = 256
     """Training sequences (trees or paths) per optimiser step, warm-up replay included."""
     batch_tokens: PositiveInt = 4096
@@ -241,87 +166,6 @@ class EvaluateConfig(Section):
     """Evaluate after every so many iterations, and always after the last."""
 
 
-class ClusterConfig(Section):
-    """Where it runs; changes no trace, and weights only in their last bits (`learners`)."""
-
-    executor: Literal["ray", "inline"] = "ray"
-    address: str | None = None
-    """Of a running Ray cluster to join; None: a Ray of this run's own on this machine."""
-    workers: PositiveInt | Literal["fit"] = 2
-    """fit: as many as the cluster has room for, growing and shrinking as nodes join and leave."""
-    worker_threads: PositiveInt = 1
-    worker_cpus: PositiveFloat = 1.0
-    """CPUs that Ray sets aside for a worker."""
-    worker_gpus: NonNegativeFloat = 0.0
-    """GPUs, or a fraction of one."""
-    learners: PositiveInt = 1
-    """Processes that learn together, data-parallel."""
-    learner_threads: PositiveInt = 2
-    """Of each learner."""
-    learner_cpus: PositiveFloat = 1.0
-    learner_gpus: NonNegativeFloat = 0.0
-    sharding: Literal["none", "fsdp2"] = "none"
-    """fsdp2: weights, gradients and optimiser state are spread over the learners, for models that fit no single one."""
-    by_turns: bool = False
-    """Workers and learners free their device's memory while the others work, so that they can share it."""
-    restarts: int = Field(default=8, ge=0)
-    """Dead actors replaced before the run stops and says so; each committed unit gives one back."""
-    lease_seconds: PositiveFloat = 3600.0
-    """A unit that takes a worker longer is played by another."""
-    silence_seconds: PositiveFloat = 30.0
-    """A worker that gives no sign of life for so long counts as lost."""
-    deaths_alone: PositiveInt = 2
-    """A problem that killed so many workers which played nothing else is recorded as failed."""
-    grace_seconds: PositiveFloat = 20.0
-    """After SIGTERM: the time to save and exit."""
-    save_seconds: PositiveFloat = 300.0
-    """A learning phase that lasts longer saves its state so often."""
-
-    @model_validator(mode="after")
-    def _inline_is_alone(self) -> ClusterConfig:
-        if self.executor == "inline" and (self.address is not None or self.learners > 1):
-            raise ValueError("executor: inline is one process: leave out address and learners, or set executor: ray")
-        if self.sharding == "fsdp2" and self.learners == 1:
-            raise ValueError("sharding: fsdp2 spreads a model over several learners: set learners to 2 or more")
-        return self
-
-
-class RetentionConfig(Section):
-    """What is deleted while the run goes on. Never what resume or the replay window needs."""
-
-    checkpoints: PositiveInt = 3
-    """Newest ones kept besides the first, the best on dev and those that resume needs."""
-    iterations: PositiveInt | None = None
-    """Newest iterations whose traces are kept; None: all."""
-    days: PositiveFloat | None = None
-    """Traces older than this are deleted; None: none."""
-
-
-class PlanConfig(Section):
-    """What `launch --dry-run` reckons with beside the rest of the config; changes no trace and no weight."""
-
-    architecture: str | dict[str, Any] | None = None
-    """A folder with the model's config.json, or the keys of one, for a model that is not on this machine yet."""
-    devices: PositiveInt = 1
-    """One: everything shares it. More: the learner has one for itself, and the workers share the others."""
-    device_memory_gib: PositiveFloat | None = None
-    """None: that of the device that `model.device` names here."""
-    headroom: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of a device's memory that is kept free: for the runtime, fragmentation and what no formula knows."""
-    prompt_tokens: PositiveInt | None = None
-    """Tokens of a typical prompt, template and examples included; None: half the context, 128 at most."""
-    item_tokens: PositiveInt | None = None
-    """Tokens of a typical training item; None: the prompt and the whole budget of a search, which is the most."""
-    play_tokens_per_second: PositiveFloat | None = None
-    """Tokens that one worker samples per second."""
-    learn_tokens_per_second: PositiveFloat | None = None
-    """Tokens that the learner trains on per second."""
-    price_per_hour: NonNegativeFloat | None = None
-    """Of one device, in any currency."""
-    measured: bool = False
-    """Whether the speeds were measured on the hardware meant; otherwise the plan calls its times unmeasured."""
-
-
 class Config(Section):
     """A whole run."""
 
@@ -337,6 +181,16 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     plan: PlanConfig = PlanConfig()
     keep: RetentionConfig = RetentionConfig()
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Config:
+        if self.cluster.sharding == "fsdp2" and self.learn.optimizer.name == "muon":
+            raise ValueError(
+                "muon needs whole matrices and cluster.sharding: fsdp2 has none: use learn.optimizer adamw"
+            )
+        if self.cluster.sharding == "fsdp2" and self.learn.reanalyse:
+            raise ValueError("a sharded learner cannot score traces again: leave out learn.reanalyse or the sharding")
+        return self
 
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for

@@ -26,6 +26,7 @@ RUNTIME = (
     ("selfplay.shards", "ShardError"),
     ("selfplay.checkpoint", "CheckpointError"),
     ("selfplay.errors", "NonFiniteLoss"),
+    ("selfplay.errors", "Interrupted"),
     ("mcts.types", "SearchError"),
     ("mcts.engines.model", "DamagedModel"),
 )

@@ -12,10 +12,10 @@ from mcts.engines.model import check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
-from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.fleet import Evaluated
 from selfplay.fresh import check_architecture
-from selfplay.objectives import build_objective
+from selfplay.objectives import Need, build_objective
 from selfplay.store import Place
 from selfplay.trainer import Trainer
 from selfplay.worker import EvaluationJob, Played, Unit, Worker
@@ -215,7 +215,17 @@ def check_parts(config: Config) -> None:
     if config.warmup.steps or config.learn.replay:
         task.warmup(config.seed)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
-    build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
+    search = config.play.search
+    if (
+        Need.BEHAVIOR in objective.needs
+        and config.engine.kind == "server"
+        and (search.temperature not in (0.0, 1.0) or (search.temperature and search.top_p != 1.0))
+    ):
+        raise UserError(
+            "a server does not say how likely its draws were under another temperature or top_p, and importance ratios "
+            "need it: set play.search.temperature and top_p to 1, or the objective's importance to none"
+        )
     if config.model.path is not None:
         check_folder(config.model.path, config.engine.max_context)
     else:

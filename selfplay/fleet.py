@@ -18,6 +18,7 @@ class Cause(StrEnum):
     SILENT = "it gave no sign of life"
     EXPIRED = "its lease ran out"
     UNREACHABLE = "it cannot be reached"
+    BLIND = "its node does not see the run"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from mcts.types import Float32
 from selfplay import llama_kernels
+from selfplay.cutting import cut, select, split_paths
 from selfplay.errors import UserError
-from selfplay.packing import Item, Packed, chain, cut, pack, select, split_paths
+from selfplay.packing import Item, Packed, chain, pack
 
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
@@ -50,6 +52,8 @@ def forward(
     `tree_mask` the model uses its own causal mask and positions; then every row must be one plain chain. `kernels`:
     by `llama_kernels`, for a model that `check_kernels` approved.
     """
+    if (whole := getattr(policy, "whole", None)) is not None:  # a ShardedPolicy
+        return Outputs(*whole(packed, tree_mask, entropy))
     if kernels:
         mask = packed.mask(policy.model.dtype)
         hidden = llama_kernels.hidden_states(policy.model, packed.input_ids, packed.position_ids, mask, packed.read)
@@ -118,6 +122,35 @@ def token_logprobs(policy: Policy, items: Sequence[Item], *, tokens: int, tree_m
         for number, index in enumerate(batch):
             here = packed.item_of.cpu().numpy() == number
             found[index][packed.token_of.cpu().numpy()[here]] = values[here]
+    return found
+
+
+def scores(
+    policy: Policy, items: Sequence[Item], *, tokens: int, tree_mask: bool = True, threads: int = 1
+) -> list[tuple[Float32, Float32]]:
+    """Per item the log-probabilities of its predicted tokens (nats) and the values at its labelled ones (none without a
+    value head), in the order of the item before it was made to fit: a token's loss stays with its first copy, and the
+    copies stand in depth-first order. `threads` batches are worked on at once; it changes no bit."""
+
+    def work(batch: list[int]) -> list[tuple[Float32, Float32]]:
+        packed = pack([items[i] for i in batch], share_rows=tree_mask).to(policy.device)
+        with torch.no_grad():  # of the thread
+            outputs = forward(policy, packed, tree_mask=tree_mask)
+        logprobs = outputs.logprobs.cpu().numpy()
+        starts = np.searchsorted(packed.item_of.cpu().numpy(), range(1, len(batch)))
+        labels = np.cumsum([len(items[i].value_token) for i in batch])[:-1]
+        if outputs.value_logits is None:
+            values = [np.zeros(0, dtype=np.float32)] * len(batch)
+        else:
+            values = np.split(outputs.value_logits.sigmoid().cpu().numpy(), labels)
+        return list(zip(np.split(logprobs, starts), values, strict=True))
+
+    found: list[tuple[Float32, Float32]] = [(np.zeros(0, np.float32),) * 2] * len(items)
+    order = list(batches(items, tokens))
+    with ThreadPoolExecutor(threads) as pool:
+        for batch, each in zip(order, pool.map(work, order), strict=True):
+            for index, pair in zip(batch, each, strict=True):
+                found[index] = pair
     return found
 
 

@@ -20,6 +20,9 @@ BEAT_SECONDS = 2.0
 WATCHED_BEATS = 4
 """So many beats without a new count, and the driver on another host is taken for dead."""
 
+OWN = frozenset({"time", "host", "pid", "epoch", "beat", "state"})
+"""Facts that every beat has; others are what `note` was given."""
+
 State = Literal["running", "ended", "interrupted", "failed"]
 
 

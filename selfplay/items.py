@@ -6,17 +6,29 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mcts.tasks.base import Example
 from mcts.tree import NO_PARENT, ROOT, Tree
 from mcts.types import Float32, Int32, Kind, Message, Status, Step
-from selfplay.packing import NO_TOKEN, Item, PackingError, chain
+from selfplay.packing import NO_TOKEN, Item, PackingError, Ratios, chain
 
 Encode = Callable[[str | Sequence[Message]], Int32]
 """A prompt as the engine sends it: token ids int32 [P]."""
+
+
+class RatioRun(NamedTuple):
+    """A step whose likelihood an importance ratio weighs (`packing.Ratios`)."""
+
+    node: int
+    unit: int
+    """Its ratio, counted from 0; runs are in ascending order of it."""
+    behavior: float
+    """Nats of its tokens together, when they were drawn."""
+    weight: float
 
 
 class ValueRule(StrEnum):
@@ -123,12 +135,14 @@ def from_tree(
     values: Float32 | None = None,
     sampled: bool = False,
     version: int = -1,
+    ratios: Sequence[RatioRun] = (),
 ) -> Item | None:
     """The item of a tree; None where it would carry no loss.
 
     `wins`: terminal nodes whose paths are imitated; a token shared by several of them weighs as often. `groups`:
     sibling groups as `policy_groups` gives them. `values`: labels [N], NaN for none, read at each node's last token,
-    the prompt's included. `sampled`: every drawn token counts for the KL. Branches that carry no loss are left out.
+    the prompt's included. `sampled`: every drawn token counts for the KL. `ratios`: steps of imitated paths whose
+    likelihood is weighed by an importance ratio. Branches that carry no loss are left out.
     Raises PackingError for nodes that were conditioned on other nodes than their ancestors.
     """
     size = len(tree)
@@ -146,7 +160,7 @@ def from_tree(
     for node in range(size - 1, 0, -1):
         if needed[node]:
             needed[tree.parent[node]] = True
-    order = _depth_first(tree, needed)
+    order = depth_first(tree, needed)
     start = np.zeros(size, dtype=np.int32)
     end = np.zeros(size, dtype=np.int32)
     ids, logprobs = [], []
@@ -195,10 +209,23 @@ def from_tree(
         value_label=np.zeros(0, dtype=np.float32) if values is None else values[labelled].astype(np.float32),
         value_weight=np.ones(len(labelled), dtype=np.float32),
         version=version,
+        ratios=_ratios(ratios, start, end),
     )
 
 
-def _depth_first(tree: Tree, needed: Any) -> list[int]:
+def _ratios(runs: Sequence[RatioRun], start: Int32, end: Int32) -> Ratios:
+    nodes = [run.node for run in runs]
+    return Ratios(
+        start=start[nodes],
+        end=end[nodes],
+        unit=np.asarray([run.unit for run in runs], dtype=np.int32),
+        behavior=np.asarray([run.behavior for run in runs], dtype=np.float32),
+        weight=np.asarray([run.weight for run in runs], dtype=np.float32),
+    )
+
+
+def depth_first(tree: Tree, needed: npt.NDArray[np.bool_]) -> list[int]:
+    """The needed nodes [N] in the order in which an item holds their tokens; with a node its ancestors are needed."""
     order: list[int] = []
     waiting = [ROOT]
     while waiting:

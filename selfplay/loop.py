@@ -129,12 +129,9 @@ class Loop:
     def _checkpoint(self, iteration: int) -> Path:
         return checkpoints.path_of(self.run.checkpoints, iteration)
 
-    def _phase(self, phase: str, iteration: int) -> Callable[[int, int, dict[str, Any]], None]:
-        """A progress callback for one phase; also the heartbeat."""
-
-        progress = partial(self._report, phase, iteration)
-        progress(0, 0, {})
-        return progress
+    def _phase(self, phase: str, iteration: int) -> None:
+        """A phase has begun: said to whoever watches, and in the heartbeat."""
+        self._report(phase, iteration, 0, 0, {})
 
     def _report(self, phase: str, iteration: int, done: int, total: int, facts: dict[str, Any]) -> None:
         self.run.heartbeat(phase=phase, iteration=iteration, done=done, total=total, **self.executor.facts())
@@ -170,7 +167,8 @@ class Loop:
 
     def _warm_up(self) -> None:
         began = time.perf_counter()
-        self.executor.warm_up(self._phase("warm-up", 0))
+        self.executor.warm_up(partial(self._report, "warm-up", 0))
+        self._phase("warm-up", 0)
         metrics = self._learned()
         if metrics is None:
             raise NonFiniteLoss("the loss of the warm-up is not a finite number; lower learn.optimizer.lr")
@@ -308,7 +306,8 @@ class Loop:
             self.learner_at = base
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
         names = [shard.relative_to(self.run.path) for shard in shards]
-        self.executor.learn(iteration, names, self._phase("learn", iteration))
+        self.executor.learn(iteration, names, partial(self._report, "learn", iteration))
+        self._phase("learn", iteration)
         return self._learned()
 
     def _evaluate(self, iteration: int) -> None:
@@ -317,9 +316,11 @@ class Loop:
         config = self.config
         evaluation = Evaluation(self.task, config, iteration, time.perf_counter())
         self.evaluating[iteration] = evaluation
+        if self.staleness and iteration == self.learned:
+            self._publish(iteration, play=True)  # play that is ahead goes on with the newest weights at once
         if iteration % config.evaluate.every == 0 or iteration == config.iterations:
             self._phase("evaluate", iteration)
-            self._publish(iteration, play=self.staleness > 0 and iteration == self.learned)
+            self._publish(iteration, play=False)
             for job in evaluation.jobs:
                 self.executor.submit(job)
         else:

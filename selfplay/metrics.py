@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 BINS = 4096
@@ -29,6 +30,16 @@ class RunningAuc:
         self._positive += np.bincount(place, label, BINS)
         self._negative += np.bincount(place, 1.0 - label, BINS)
 
+    def merge(self, other: RunningAuc) -> None:
+        """Count what `other` counted too."""
+        for mine, theirs in zip(self.counts, other.counts, strict=True):
+            mine += theirs
+
+    @property
+    def counts(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Positives and negatives by prediction, [BINS] each; they may be changed in place."""
+        return self._positive, self._negative
+
     def value(self) -> float:
         """NaN without positives or without negatives."""
         pairs = self._positive.sum() * self._negative.sum()
@@ -49,6 +60,12 @@ class Means:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + weight * value
             self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"sums": dict(self._sums), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
 
     def get(self, name: str) -> float:
         """NaN for a name without weight."""

@@ -75,9 +75,24 @@ class Optimizer:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def reached(self) -> str:
+        """Which parameters have a gradient: a 0 or 1 each."""
+        return "".join("01"[parameter.grad is not None] for parameter in self.parameters)
+
+    def gradients(self, reached: Sequence[str]) -> list[Tensor]:
+        """The gradients of the parameters that have one on any rank (`reached` of each), zeros where not here."""
+        found = []
+        for parameter, *anywhere in zip(self.parameters, *reached, strict=True):
+            if "1" in anywhere:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                found.append(parameter.grad)
+        return found
+
     def clip(self) -> float:
         """Scale the gradient down to `grad_clip`; its norm before that, which is not finite if any entry is not."""
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip))
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded parameters
 
     def step(self, scale: float) -> None:
         """Update with the learning rates times `scale`, and clear the gradient."""
@@ -90,6 +105,15 @@ class Optimizer:
     def zero_grad(self) -> None:
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+
+    def move(self, device: str) -> None:
+        """Move the state to where the parameters went; there are no gradients between two steps."""
+        for optimizer in self._optimizers.values():
+            for parameter, entries in optimizer.state.items():
+                optimizer.state[parameter] = {
+                    name: entry.to(device) if torch.is_tensor(entry) and entry.ndim else entry
+                    for name, entry in entries.items()
+                }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and tensors: loads with `weights_only=True`."""

@@ -8,10 +8,9 @@ row cannot see each other because every exit stays inside its item. A chain is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,30 @@ Number = TypeVar("Number", bound=np.generic)
 
 class PackingError(ValueError):
     """A sequence that cannot be packed; the message is one sentence that says what to do."""
+
+
+_F = np.zeros(0, dtype=np.float32)
+_I = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ratios:
+    """R runs of tokens whose likelihood is weighed by an importance ratio, U ratios. The runs of one ratio (a step, or
+    the steps of a path) are multiplied: p(now) / p(when drawn), over all of them."""
+
+    start: Int32  # [R] first token of a step
+    end: Int32  # [R] one past its last
+    unit: Int32  # [R] its ratio, 0 <= u < U
+    behavior: Float32  # [R] nats, all its tokens together, under the distribution that they were drawn from
+    weight: Float32  # [R] of -log p of each of its tokens
+
+    @property
+    def units(self) -> int:
+        """U."""
+        return int(self.unit[-1]) + 1 if len(self.unit) else 0
+
+
+NO_RATIOS = Ratios(_I, _I, _I, _F, _F)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +80,11 @@ class Item:
     value_weight: Float32  # [V]
     version: int = -1
     """Policy version that drew the tokens; -1: none of ours."""
+    ratios: Ratios = NO_RATIOS
+    """What importance ratios weigh; none unless an objective asks for them."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-_F = np.zeros(0, dtype=np.float32)
-_I = np.zeros(0, dtype=np.int32)
 
 
 def chain(
@@ -116,146 +137,6 @@ def _plain(size: int) -> tuple[Int32, Int32, Int32, Float32, Float32]:
     return parts
 
 
-def find_exits(parent_token: Int32) -> Int32:
-    """One past the last token below each token, int32 [T]; the tokens must stand in depth-first order.
-
-    Raises PackingError where they do not.
-    """
-    size = len(parent_token)
-    ends = np.full(size, size, dtype=np.int32)
-    path: list[int] = []
-    for token, parent in enumerate(parent_token.tolist()):
-        while path and path[-1] != parent:
-            ends[path.pop()] = token
-        if parent != NO_TOKEN and not path:
-            raise PackingError(f"token {token} stands out of depth-first order after its parent {parent}")
-        path.append(token)
-    return ends
-
-
-def segments(item: Item) -> Int64:
-    """Where the segments of an item start, and its end: int64 [K + 1]."""
-    return np.append(np.flatnonzero(item.parent_token == NO_TOKEN), len(item)).astype(np.int64)
-
-
-def select(item: Item, source: Int64, parent_token: Int32, home: Int64) -> Item:
-    """The item whose token k is a copy of token `source[k]`; losses move to the copy `home[t]` of token t."""
-
-    def spread(values: Float32, empty: float) -> Float32:
-        moved = np.full(len(source), empty, dtype=np.float32)
-        moved[home] = values
-        return moved
-
-    return replace(
-        item,
-        token_ids=item.token_ids[source],
-        parent_token=parent_token,
-        position=item.position[source],
-        exits=find_exits(parent_token),
-        nll_weight=spread(item.nll_weight, 0.0),
-        sampled=spread(item.sampled, 0.0),
-        logprobs=spread(item.logprobs, np.nan),
-        reference=spread(item.reference, np.nan),
-        span_start=home[item.span_start].astype(np.int32),
-        span_end=(home[item.span_end - 1] + 1).astype(np.int32),
-        value_token=home[item.value_token].astype(np.int32),
-    )
-
-
-def _paths(item: Item) -> list[list[int]]:
-    """The tokens of every root-to-leaf path, in order of the leaves."""
-    parent = item.parent_token.tolist()
-    leaf = np.ones(len(item), dtype=np.bool_)
-    leaf[item.parent_token[item.parent_token != NO_TOKEN]] = False
-    found = []
-    for token in np.flatnonzero(leaf).tolist():
-        path = []
-        while token != NO_TOKEN:
-            path.append(token)
-            token = parent[token]
-        found.append(path[::-1])
-    return found
-
-
-def split_paths(item: Item) -> Item:
-    """Every root-to-leaf path as a segment of its own, each loss on the first copy of its token only."""
-    return _rebuild(item, _paths(item))
-
-
-def _rebuild(item: Item, pieces: list[list[int]]) -> Item:
-    """The item with one segment per piece; a piece holds tokens in depth-first order, with all their ancestors."""
-    source = np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
-    home = np.full(len(item), -1, dtype=np.int64)
-    parents = np.empty(len(source), dtype=np.int32)
-    at = 0
-    for piece in pieces:
-        here = np.asarray(piece, dtype=np.int64)
-        copy = np.full(len(item), NO_TOKEN, dtype=np.int32)
-        copy[here] = np.arange(at, at + len(here), dtype=np.int32)
-        above = item.parent_token[here]
-        parents[at : at + len(here)] = np.where(above == NO_TOKEN, NO_TOKEN, copy[above])
-        fresh = here[home[here] < 0]
-        home[fresh] = copy[fresh]
-        at += len(here)
-    return select(item, source, parents, home)
-
-
-def cut(item: Item, limit: int) -> Item:
-    """The item with every segment at most `limit` tokens long: subtrees with the paths that lead to them.
-
-    Tokens of such a path are copied and carry no loss twice. A node is cut only between its tokens' runs, so its
-    losses stay whole. Raises PackingError where a single path is longer than `limit`.
-    """
-    if len(item) <= limit:
-        return item
-    bounds = segments(item)
-    if int(np.diff(bounds).max()) <= limit:
-        return item
-    longest = int(item.position.max()) + 1
-    if longest > limit:
-        raise PackingError(f"a path of {longest} tokens is over the limit of {limit}; raise the learner's max_length")
-    pieces: list[list[int]] = []
-    for first, last in pairwise(bounds.tolist()):
-        if last - first <= limit:
-            pieces.append(list(range(first, last)))
-        else:
-            pieces.extend(_cut_segment(item, first, last, limit))
-    return _rebuild(item, pieces)
-
-
-def _cut_segment(item: Item, first: int, last: int, limit: int) -> list[list[int]]:
-    parent = item.parent_token.tolist()
-    starts = _runs(item, first, last)
-    pieces: list[list[int]] = []
-    piece: list[int] = []
-    for start, end in zip(starts, [*starts[1:], last], strict=True):
-        if len(piece) + end - start > limit:
-            pieces.append(piece)
-            path = []
-            token = parent[start]
-            while token != NO_TOKEN:
-                path.append(token)
-                token = parent[token]
-            piece = path[::-1]
-        piece.extend(range(start, end))  # its ancestors are in the piece: it holds a stretch of depth-first order
-    pieces.append(piece)
-    return pieces
-
-
-def _runs(item: Item, first: int, last: int) -> list[int]:
-    """First tokens of the runs without a fork inside, nodes of sibling groups kept whole."""
-    here = np.arange(first, last)
-    children = np.bincount(item.parent_token[first:last] + 1, minlength=len(item) + 1)[1:]
-    breaks = item.parent_token[first:last] != here - 1
-    breaks[1:] |= children[first : last - 1] > 1
-    breaks[0] = True
-    for start, end in zip(item.span_start.tolist(), item.span_end.tolist(), strict=True):
-        if first <= start < last:
-            breaks[start - first] = True
-            breaks[start - first + 1 : end - first] = False
-    return [int(t) for t in here[breaks]]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """A batch of rows, and where the losses of its items are read. M predicted tokens, S spans, G groups, V labels."""
@@ -279,15 +160,23 @@ class Packed:
     value_source: Tensor  # [V] int64, index into `read` of the hidden state that the value head reads
     value_label: Tensor  # [V] float32
     value_weight: Tensor  # [V] float32
+    ratio_token: Tensor  # [J] int64, index into the M tokens, run after run
+    token_ratio: Tensor  # [J] int64, the run (0 <= r < R) of each of them
+    ratio_unit: Tensor  # [R] int64, the ratio of each run
+    ratio_behavior: Tensor  # [R] float32
+    ratio_weight: Tensor  # [R] float32
     item_of: Tensor  # [M] int64, the item of each predicted token, in the order given to `pack`
     token_of: Tensor  # [M] int64, its index within the item
     tokens: int
     """Tokens of the items, padding left out."""
+    units: int
+    """U, importance ratios."""
 
     def to(self, device: torch.device) -> Packed:
         """The batch on `device`."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "tokens"}
-        return Packed(**tensors, tokens=self.tokens)
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        held |= {name: value.to(device) for name, value in held.items() if isinstance(value, Tensor)}
+        return Packed(**held)
 
     def mask(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Additive attention mask [B, 1, L, L]: 0 where a token is seen, a very large negative number elsewhere.
@@ -334,9 +223,14 @@ def pack(items: Sequence[Item], row_length: int | None = None, *, share_rows: bo
         return found
 
     spans = [len(item.span_start) for item in items]
-    start, sizes = at("span_start", spans), _join(items, "span_end", np.int64) - _join(items, "span_start", np.int64)
-    token_span = np.repeat(np.arange(len(sizes)), sizes)
-    span_token = np.arange(len(token_span)) + np.repeat(start - np.cumsum(sizes) + sizes, sizes)
+    span_token, token_span = _runs_of(at("span_start", spans), at("span_end", spans))
+    ratios = [item.ratios for item in items]
+    runs = [len(ratio.start) for ratio in ratios]
+    shift = np.repeat(offset[:-1], runs)
+    ratio_token, token_ratio = _runs_of(
+        _join(ratios, "start", np.int64) + shift, _join(ratios, "end", np.int64) + shift
+    )
+    units = np.cumsum([0, *(ratio.units for ratio in ratios)])
     nll, sampled = _join(items, "nll_weight", np.float32), _join(items, "sampled", np.float32)
     wanted = (nll != 0) | (sampled != 0)
     wanted[span_token] = True
@@ -367,14 +261,27 @@ def pack(items: Sequence[Item], row_length: int | None = None, *, share_rows: bo
         "value_source": where[len(sources) :],
         "value_label": _join(items, "value_label", np.float32),
         "value_weight": _join(items, "value_weight", np.float32),
+        "ratio_token": (np.cumsum(wanted) - 1)[ratio_token],
+        "token_ratio": token_ratio,
+        "ratio_unit": _join(ratios, "unit", np.int64) + np.repeat(units[:-1], runs),
+        "ratio_behavior": _join(ratios, "behavior", np.float32),
+        "ratio_weight": _join(ratios, "weight", np.float32),
         "item_of": item_of,
         "token_of": chosen - offset[item_of],
     }
-    return Packed(**{name: torch.from_numpy(array) for name, array in arrays.items()}, tokens=size)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Packed(**tensors, tokens=size, units=int(units[-1]))
 
 
-def _join(items: Sequence[Item], name: str, dtype: type[Number]) -> npt.NDArray[Number]:
-    """One field of all items, end to end, as a new array."""
+def _runs_of(start: Int64, end: Int64) -> tuple[Int64, Int64]:
+    """The tokens of several runs, one run after the other, and the run of each of them."""
+    sizes = end - start
+    run = np.repeat(np.arange(len(sizes)), sizes)
+    return np.arange(len(run)) + np.repeat(start - np.cumsum(sizes) + sizes, sizes), run
+
+
+def _join(items: Sequence[object], name: str, dtype: type[Number]) -> npt.NDArray[Number]:
+    """One field of all of them, end to end, as a new array."""
     return np.concatenate([getattr(item, name) for item in items]).astype(dtype)
 
 

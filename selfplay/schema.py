@@ -101,19 +101,19 @@ SCHEMA: Final = pa.schema(
 )
 
 
-def batch_of(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    """Rows as `traces.to_row` makes them -> one batch of `SCHEMA`.
+def batch_of(rows: list[dict[str, Any]], schema: pa.Schema = SCHEMA) -> pa.RecordBatch:
+    """Rows as `traces.to_row` makes them -> one batch of `schema`.
 
     Raises ValueError naming the column where a row lacks a column, has an unknown one, holds null where the
     format allows none, or a value of the wrong type.
     """
-    names = set(SCHEMA.names)
+    names = set(schema.names)
     for row in rows:
         if row.keys() != names:
             odd = sorted(row.keys() ^ names)
             raise ValueError(f"a trace row must have exactly the columns of the format; check {', '.join(odd)}")
     arrays = []
-    for field in SCHEMA:
+    for field in schema:
         try:
             array = pa.array([row[field.name] for row in rows], type=field.type)
         except (pa.ArrowException, TypeError, OverflowError, UnicodeEncodeError) as error:
@@ -122,7 +122,7 @@ def batch_of(rows: list[dict[str, Any]]) -> pa.RecordBatch:
         if empty:
             raise ValueError(f"column {empty} is null in a trace row, and the format allows no null there")
         arrays.append(array)
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _forbidden_null(field: pa.Field, array: pa.Array) -> str | None:

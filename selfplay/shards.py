@@ -31,6 +31,7 @@ from selfplay.schema import (
     batch_digest,
     batch_of,
 )
+from selfplay.side_rows import Version, find_side, join
 from selfplay.traces import Trace, canonical_json, from_row
 from selfplay.tree_rows import Row
 from selfplay.where import Predicate
@@ -97,8 +98,15 @@ def trace_ages(listing: Mapping[str, float]) -> dict[int, float]:
     return {iteration: (now - written) / 86400 for iteration, written in newest.items()}
 
 
-def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str], *, make_folder: bool = True) -> None:
-    """Write `rows` to `path` such that it exists only once it is whole and synced.
+def write_pending(
+    path: Path,
+    rows: Sequence[Row],
+    metadata: Mapping[str, str],
+    *,
+    columns: pa.Schema = SCHEMA,
+    make_folder: bool = True,
+) -> None:
+    """Write `rows`, which have these `columns`, to `path` such that it exists only once it is whole and synced.
 
     `metadata` must hold `run_id` and `config_hash`. Within a run, `make_folder` is false: a folder that is gone says
     that another driver took the run over. A file left by an earlier attempt at the same unit is
@@ -108,8 +116,9 @@ def write_pending(path: Path, rows: Sequence[Row], metadata: Mapping[str, str], 
     missing = [name for name in REQUIRED_METADATA if name not in metadata]
     if missing:
         raise ValueError(f"a shard's metadata needs {' and '.join(missing)}")
-    batches = [batch_of(list(rows[start : start + MAX_BATCH_ROWS])) for start in range(0, len(rows), MAX_BATCH_ROWS)]
-    schema = SCHEMA.with_metadata(_file_metadata(metadata, rows=len(rows), batches=len(batches)))
+    starts = range(0, len(rows), MAX_BATCH_ROWS)
+    batches = [batch_of(list(rows[start : start + MAX_BATCH_ROWS]), columns) for start in starts]
+    schema = columns.with_metadata(_file_metadata(metadata, rows=len(rows), batches=len(batches)))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         if make_folder:
@@ -332,9 +341,33 @@ def iter_rows(path: Path, where: Predicate | None = None, columns: Iterable[str]
             yield from project(select(batch, where), names).to_pylist()
 
 
-def iter_traces(path: Path, where: Predicate | None = None, columns: Iterable[str] | None = None) -> Iterator[Trace]:
-    """`iter_rows` as traces."""
-    return map(from_row, iter_rows(path, where, columns))
+def iter_traces(
+    path: Path,
+    where: Predicate | None = None,
+    columns: Iterable[str] | None = None,
+    *,
+    reanalysed: Version | None = None,
+) -> Iterator[Trace]:
+    """`iter_rows` as traces; with `reanalysed`, joined with what that version of the weights, or the latest, says of
+    them (`side_rows.join`; `where` judges the rows as played). Under `latest` a shard that no version scored comes as
+    it is; one that a version asked for by number did not score is a ShardError."""
+    if reanalysed is None:
+        return map(from_row, iter_rows(path, where, columns))
+    if columns is not None:
+        raise ValueError("reanalysed traces are read whole: leave columns out")
+    return map(from_row, (row for shard in list_shards(path) for row in _joined(shard, where, reanalysed)))
+
+
+def _joined(shard: Path, where: Predicate | None, version: Version) -> Iterator[Row]:
+    side = find_side(shard, version)
+    if side is None and version != "latest":
+        raise ShardError(f"{shard} was not scored by checkpoint {version}; run `selfplay reanalyse` with it first")
+    found = {row["trace_id"]: row for batch in (iter_batches(side) if side else ()) for row in batch.to_pylist()}
+    for row in iter_rows(shard, where):
+        try:
+            yield join(row, found[row["trace_id"]]) if side else row
+        except (KeyError, ValueError) as error:
+            raise ShardError(f"{side} does not belong to shard {shard} ({error}); delete it and reanalyse") from error
 
 
 class ReplayWindow:

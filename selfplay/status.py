@@ -22,11 +22,13 @@ from pyarrow import ipc
 
 from selfplay import checkpoint as checkpoints
 from selfplay.config import load_config
+from selfplay.heartbeat import BEAT_SECONDS, FILE, parse
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import list_shards
+from selfplay.store import local_copy
 
-SILENT_SECONDS = 20.0
-"""A driver beats every 2 s. Ten beats missed is more than load and the caches of a shared disk explain."""
+SILENT_SECONDS = 10 * BEAT_SECONDS
+"""Ten beats missed is more than load and the caches of a shared disk explain."""
 SKEW_SECONDS = 1.0
 """Clocks that differ by less are not worth a word."""
 SHOWN_EVENTS = 5
@@ -72,7 +74,10 @@ class Status:
     workers_alive: int | None
     workers_wanted: int | None
     restarts: int | None
-    lease_losses: int | None
+    restarts_left: int | None
+    leases_lost: int | None
+    failed_problems: int | None
+    """Recorded as failed because they killed their workers."""
     staleness: float | None
     played_version: int | None
     """Policy version of the iteration's newest shard."""
@@ -103,7 +108,8 @@ class Status:
             ("wins", f"{self.wins} of {self.searches} searches so far, {self.wins_before} of {self.searches_before} "
                      "in the iterations before"),
             ("tokens", f"{self.sampled_tokens} sampled in this iteration, {speed} per second"),
-            ("workers", f"{workers}, {_dash(self.restarts)} restarts, {_dash(self.lease_losses)} leases lost"),
+            ("workers", f"{workers}, {_dash(self.restarts)} restarts ({_dash(self.restarts_left)} left), "
+                        f"{_dash(self.leases_lost)} leases lost, {_dash(self.failed_problems)} problems given up"),
             ("versions", f"played {_dash(self.played_version)}, checkpoint {_dash(self.checkpoint)}, staleness "
                          f"{_dash(self.staleness)}; " + ", ".join(f"{n} {v}" for n, v in self.packages.items())),
             ("held-out", _heldout(self.heldout)),
@@ -139,9 +145,10 @@ def _heldout(figure: dict[str, Any] | None) -> str:
     return f"pass@1 {figure['pass1']:.1%}{interval} after iteration {figure['iteration']}"
 
 
-def read_status(run: Path, *, now: float | None = None) -> Status:
-    """Where the run in the folder `run` stands. Writes nothing. Raises RunError where there is no run, or where its
-    own documents are damaged, ConfigError for a damaged config."""
+def read_status(url: str | Path, *, now: float | None = None) -> Status:
+    """Where the run in a folder or in object storage stands. Writes nothing there. Raises RunError where there is no
+    run, or where its own documents are damaged, ConfigError for a damaged config."""
+    run = local_copy(url, FILE, "metrics.jsonl")
     facts = read_run(run)
     config = load_config(run / "config.yaml")
     beat = read_heartbeat(run)
@@ -150,17 +157,21 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
     iteration = beat.get("iteration")
     if not isinstance(iteration, int):
         iteration = max(0, last) if rows else None
+    if iteration is not None:
+        local_copy(url, f"traces/iteration={iteration:05d}")
     played = _played(run, iteration)
     searched = [row for row in rows if row.get("problems") and row["iteration"] != iteration]
     scored = [row for row in rows if row.get("heldout_pass1") is not None]
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second") is not None]
     given = beat.get("workers")
     workers: dict[str, Any] = given if isinstance(given, dict) else {}
+    newest = checkpoints.latest(run / "checkpoints")
+    newest = -1 if newest is None else newest  # of a mirror it may be an older one
     now = time.time() if now is None else now
     as_of = _number(beat.get("time"))
-    state, says = _state(run, beat, None if as_of is None else now - as_of, finished=last >= config.iterations)
+    state, says = _state(str(url), beat, None if as_of is None else now - as_of, finished=last >= config.iterations)
     return Status(
-        run=str(run),
+        run=str(url),
         id=str(facts["id"]),
         epoch=int(facts["epoch"]),
         state=state,
@@ -185,10 +196,12 @@ def read_status(run: Path, *, now: float | None = None) -> Status:
         workers_alive=workers.get("alive"),
         workers_wanted=workers.get("wanted"),
         restarts=beat.get("restarts"),
-        lease_losses=beat.get("lease_losses"),
+        restarts_left=beat.get("restarts_left"),
+        leases_lost=beat.get("leases_lost"),
+        failed_problems=beat.get("failed_problems"),
         staleness=beat.get("staleness", rows[-1].get("staleness") if rows else None),
         played_version=played.version,
-        checkpoint=checkpoints.latest(run / "checkpoints"),
+        checkpoint=max(newest, last) if max(newest, last) >= 0 else None,
         packages=dict(facts.get("packages") or {}),
         heldout={
             "iteration": scored[-1]["iteration"],
@@ -216,25 +229,18 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def read_heartbeat(run: Path) -> dict[str, Any]:
-    """heartbeat.json; empty before the first beat. Raises RunError where it is damaged: it is replaced as a whole, so
-    that is no driver that was killed."""
-    file = run / "heartbeat.json"
+    """heartbeat.json; empty before the first beat, and where a power cut tore it: no promise hangs on it."""
     try:
-        beat = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return parse((run / FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
         return {}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} is damaged ({error}); delete it, the next driver writes a new one") from error
-    if not isinstance(beat, dict):
-        raise RunError(f"{file} is damaged (it holds no object); delete it, the next driver writes a new one")
-    return beat
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _state(run: Path, beat: dict[str, Any], age: float | None, *, finished: bool) -> tuple[str, str]:
+def _state(run: str, beat: dict[str, Any], age: float | None, *, finished: bool) -> tuple[str, str]:
     """The state and its sentence."""
     go_on = f"go on with: selfplay resume {run}"
     said = beat.get("state")
@@ -245,7 +251,7 @@ def _state(run: Path, beat: dict[str, Any], age: float | None, *, finished: bool
         why = beat.get("error") or beat.get("why")
         return said, f"{said} at {at}{f' ({why})' if why else ''}; {go_on}"
     if age is None:
-        return "unknown", f"no heartbeat: the driver never came that far; {go_on}"
+        return "unknown", f"no heartbeat that can be read; if no driver runs, {go_on}"
     if age < -SKEW_SECONDS:
         return "unknown", (
             f"the heartbeat is {-age:.0f} s ahead of this machine's clock, so its age says nothing; set the clocks, or "
@@ -307,7 +313,9 @@ def _played(run: Path, iteration: int | None) -> _Played:
         try:
             table = small_columns(shard, ("verdict", "usage", "policy_version"))
         except (pa.ArrowException, OSError) as error:
-            found.unreadable.append(f"{shard} cannot be read ({str(error).splitlines()[0]}): selfplay doctor {run}")
+            found.unreadable.append(
+                f"{shard} cannot be read ({str(error).splitlines()[0]}); look with `selfplay doctor`"
+            )
             continue
         found.units += 1
         found.searches += table.num_rows

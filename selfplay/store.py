@@ -152,6 +152,15 @@ def local_copy(url: str | Path, *prefixes: str) -> Path:
     return mirror_of(str(url), prefixes)
 
 
+def whole_copy(url: str | Path) -> Path:
+    """Like `local_copy`, with everything that a run keeps: all checkpoints, and their optimiser states."""
+    if not is_remote(str(url)):
+        return Path(url)
+    from selfplay.store_s3 import mirror_of
+
+    return mirror_of(str(url), (), whole=True)
+
+
 def checkpoint_numbers(names: Iterable[str]) -> list[int]:
     """Checkpoints that exist (have a state.json) among names of a run, ascending."""
     states = (name.split("/") for name in names if name.endswith("/state.json"))

@@ -25,6 +25,9 @@ from selfplay.store import PENDING, Fenced, Place, RunError, Store, guard, uniqu
 
 _OWNED = re.compile(r"(epoch|building)-(\d{5,})")
 
+ROOMS = ("checkpoints", "traces", PENDING, "tensorboard")
+"""Folders of a new run."""
+
 
 def epoch_folder(root: Path, epoch: int) -> Path:
     return root / PENDING / f"epoch-{epoch:05d}"
@@ -193,12 +196,18 @@ class DiskHome:
             raise RunError(
                 f"{root} already holds a run; continue it with `selfplay resume {root}` or choose another --run-dir"
             )
-        if any(entry.name != "lock" for entry in root.iterdir()):
+        if any(not _is_begun(entry) for entry in root.iterdir()):
             raise RunError(f"{root} is not empty and holds no run; choose another --run-dir")
         with _told(root):
-            for name in ("checkpoints", "traces", PENDING, "tensorboard"):
-                (root / name).mkdir()
-            epoch_folder(root, facts["epoch"]).mkdir()
+            for name in ROOMS:
+                (root / name).mkdir(exist_ok=True)
+            # of two launches at once on two hosts, and of one that was killed here, the later number fences the earlier
+            facts["epoch"] = max(facts["epoch"] - 1, 0, *epochs(root)) + 1
+            _clean_pending(root, facts["epoch"])
+            try:
+                epoch_folder(root, facts["epoch"]).mkdir()
+            except FileExistsError as error:
+                raise RunError(f"another launch creates {root} right now; choose another --run-dir") from error
         store = DiskStore(Place(self.url, facts["id"], facts["epoch"]))
         for name, text in documents.items():
             store.put(name, text)
@@ -234,6 +243,13 @@ class DiskHome:
 
     def release(self) -> None:
         self._lock.close()
+
+
+def _is_begun(entry: Path) -> bool:
+    """Whether an entry is what a launch leaves that was killed before run.json made the run exist."""
+    if entry.name in ("lock", "config.yaml", PENDING):
+        return True
+    return entry.name in ROOMS and entry.is_dir() and not any(entry.iterdir())
 
 
 def _clean_pending(root: Path, epoch: int) -> None:

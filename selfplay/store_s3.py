@@ -241,8 +241,8 @@ class S3Home:
         return None
 
 
-def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
-    """See `store.local_copy`."""
+def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path:
+    """See `store.local_copy` and, for `whole`, `store.whole_copy`."""
     url = url.rstrip("/")
     root, inside = url, ""
     while root.count("/") > 2:
@@ -263,7 +263,8 @@ def mirror_of(url: str, prefixes: Sequence[str]) -> Path:
                 continue
             name = f"checkpoints/{there[-1]:05d}"
         left_out = (".safetensors", ".bin", "/optimizer.pt") if wanted == "tokenizer" else ("/optimizer.pt",)
-        mirror.pull(name, _without(left_out) if name.startswith("checkpoints/") else lambda _: True)
+        reading = name.startswith("checkpoints/") and not whole
+        mirror.pull(name, _without(left_out) if reading else lambda _: True)
     return mirror.root / inside if inside else mirror.root
 
 

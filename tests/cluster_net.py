@@ -79,10 +79,10 @@ class Node:
     ) -> Process:
         """Start a command on this node, standard error with standard output."""
         outer = subprocess.Popen(
-            [*self.space.enter, *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
+            [*self.space.enter(cwd), *command], stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            text=True, cwd=cwd, env={**os.environ, **self._environment, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
-        process = Process(outer, nested=bool(self.space.enter))
+        process = Process(outer, nested=isinstance(self.space, Space))
         self._started = [p for p in self._started if p.poll() is None] + [process]
         return process
 
@@ -144,7 +144,8 @@ class Cluster:
         self._cpus = cpus
         self._dashboard = dashboard
         self._store = object_store_bytes
-        self._environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **(environment or {})}
+        self.environment = {**ENVIRONMENT, "RAY_AUTH_TOKEN": secrets.token_hex(32), **(environment or {})}
+        """Of nodes yet to come."""
         if private and not self.namespaced:
             raise ClusterError("private folders need namespaces, which are not permitted here")
         self.port = PORT if self.namespaced else _free_port()
@@ -220,7 +221,7 @@ class Cluster:
     def _machine(self) -> Node:
         self._made += 1
         address = f"{NETWORK}.{self._made}" if self.namespaced else "127.0.0.1"
-        node = Node(f"node-{self._made}", address, self.folder / f"node-{self._made}", self._environment)
+        node = Node(f"node-{self._made}", address, self.folder / f"node-{self._made}", self.environment)
         try:
             if self.namespaced:
                 self._plug_in(node)
@@ -247,11 +248,11 @@ class Cluster:
             ("mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", "/dev/shm"),
             *(("mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(folder)) for folder in self._private),
         ):
-            checked([*node.space.enter, *line], f"{node.name}: {' '.join(line)}")
+            checked([*node.space.enter(), *line], f"{node.name}: {' '.join(line)}")
 
     def _in_switch(self, *command: str) -> None:
         assert self.switch is not None
-        checked([*self.switch.enter_network, *command], " ".join(command))
+        checked([*self.switch.enter_network(), *command], " ".join(command))
 
     def cut(self, node: Node) -> None:
         """Pull the node's cable: packets are lost, connections hang, processes live on."""

@@ -108,9 +108,14 @@ class Space:
             raise ClusterError(f"a namespace could not be made: {self._outer.communicate()[1]}")
         (self.first,) = children_of(self._outer.pid)
         self.id = os.readlink(f"/proc/{self.first}/ns/pid")
-        target = ["nsenter", "--target", str(self.first)]
-        self.enter = [*target, *KINDS, "--"]
-        self.enter_network = [*target, "--net", "--"]
+
+    def enter(self, cwd: Path = Path("/")) -> list[str]:
+        """What to put before a command."""
+        return ["nsenter", "--target", str(self.first), *KINDS, f"--wdns={cwd}", "--"]
+
+    def enter_network(self) -> list[str]:
+        """The same for a command that sees the processes and folders of this machine."""
+        return ["nsenter", "--target", str(self.first), "--net", "--"]
 
     def pids(self) -> list[int]:
         """All processes inside but the first."""
@@ -131,11 +136,12 @@ class Space:
 class Marked:
     """Processes of this host that carry a mark in their environment: the stand-in for a Space."""
 
-    enter: tuple[str, ...] = ()
-
     def __init__(self) -> None:
         self._mark = secrets.token_hex(8)
         self.environment = {"CLUSTER_NET_NODE": self._mark}
+
+    def enter(self, _: Path = Path("/")) -> list[str]:
+        return []
 
     def pids(self) -> list[int]:
         return [pid for pid in all_pids() if self._holds(pid)]

@@ -78,6 +78,7 @@ def test_each_node_sees_a_private_folder_of_its_own(tmp_path: Path) -> None:
         one, two = cluster.add_machine(), cluster.add_machine()
         listed = ["ls", str(folder)]
         assert one.run(["touch", str(folder / "inside")]).returncode == 0
+        assert one.run(["pwd"]).stdout == f"{ROOT}\n"
         assert one.run(listed).stdout == "inside\n"
         assert two.run(listed).stdout == ""
     assert [entry.name for entry in folder.iterdir()] == ["outside"]

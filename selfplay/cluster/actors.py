@@ -27,11 +27,13 @@ class WorkerActor:
         self._config = config
         self._place = place
         self._node: str = ray.get_runtime_context().get_node_id()
-        self._worker = Worker(config, place)
         self._folder: Path | None = None
 
     def hello(self) -> tuple[str, int]:
-        """(node, process id), once the worker is up."""
+        """(node, process id), once the worker is up. The first call. Raises RunError where its node does not see the
+        run."""
+        self._worker = Worker(self._config, self._place)
+        self._worker.store.check()
         return self._node, os.getpid()
 
     @ray.method(concurrency_group=LIFE)  # type: ignore[untyped-decorator]

@@ -30,6 +30,8 @@ from selfplay.worker import EvaluationJob, Unit
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
+LEARNERS_PATIENCE = 4.0
+"""Learners may be silent for so many times `silence_seconds`: loading a model takes them a while."""
 EVENTS_KEPT = 20
 """Lines about what failed that `status` shows."""
 
@@ -64,7 +66,7 @@ class RayExecutor:
         self._phase: Callable[[], Any] | None = None
         self._call: Any = None
         self._progress: Progress | None = None
-        self._asked = 0.0
+        self._asked = self._heard = 0.0
         self._stopping = False
 
     @property
@@ -98,6 +100,7 @@ class RayExecutor:
     def _begin(self, phase: Callable[[], Any], progress: Progress) -> None:
         if self._config.cluster.by_turns:
             self._fleet.rest()
+        self._heard = time.monotonic()
         self._phase, self._progress, self._call = phase, progress, phase()
 
     def poll(self, seconds: float) -> list[Done]:
@@ -157,8 +160,8 @@ class RayExecutor:
         log.warning(line)
         self._note(line)
         self._learners.restart()
-        if self._at is not None:
-            self._answer(lambda: self._learners.restore(self._at))
+        if (at := self._at) is not None:
+            self._answer(lambda: self._learners.restore(at))
 
     def _answer(self, call: Callable[[], Any]) -> Any:
         """The result of a short learner call, made again where the learners die under it."""
@@ -177,7 +180,12 @@ class RayExecutor:
         self._asked = now
         found = self._learners.progress()
         if found is not None:
+            self._heard = time.monotonic()
             self._progress(*found)
+        elif now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
+            assert self._phase is not None
+            self._revive(RunError(f"no sign of life for {now - self._heard:.0f} s"))
+            self._call = self._phase()
 
     def restore(self, checkpoint: Path) -> None:
         self._at = checkpoint
@@ -195,7 +203,7 @@ class RayExecutor:
                 self._revive(error)
                 if self._phase is not None:
                     self._answer(self._phase)
-        self._at = path
+        self._at = Path("checkpoints") / path.name
         self._phase = None
         if self._config.cluster.by_turns:
             self._learners.rest()

@@ -22,7 +22,7 @@ LIVE: Final = {
     "workers_alive": "workers that play",
     "workers_wanted": "workers that the config and the cluster's size ask for",
     "restarts": "dead actors replaced since this driver began",
-    "lease_losses": "units taken from a worker and given to another since this driver began",
+    "leases_lost": "units taken from a worker and given to another since this driver began",
     "staleness": "versions that play runs ahead of learning",
     "broadcast_seconds": "seconds until every node had the newest weights",
     "broadcast_bytes": "bytes of the newest weights' broadcast",

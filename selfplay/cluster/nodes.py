@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from selfplay.config import Config
@@ -17,8 +18,8 @@ from selfplay.run_folder import RunError
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """Between two looks at which nodes there are."""
-DRIVER_GRACE_SECONDS = 120.0
-"""How long nodes may take to answer whether they see the run."""
+ANSWER_SECONDS = 120.0
+"""How long a node may take to answer whether it sees the run; a worker that starts there later looks again."""
 
 
 def connect(config: Config) -> None:
@@ -70,8 +71,6 @@ class Nodes:
         self._config = config
         self._looked = -math.inf
         self._fit = 0
-        self.unfit: set[str] = set()
-        """Nodes that do not see the run; no worker is placed there."""
 
     def alive(self) -> list[dict[str, Any]]:
         return [node for node in ray.nodes() if node["Alive"]]
@@ -115,23 +114,33 @@ class Nodes:
         )
 
     def on_each(self, task: Any, *arguments: Any) -> dict[str, tuple[str, Any]]:
-        """Run a Ray task once on every node: node id -> (address, its result or the error that it raised)."""
-        calls = {}
-        for node in self.alive():
-            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            calls[node["NodeID"]] = (
-                node["NodeManagerAddress"],
-                task.options(num_cpus=0, scheduling_strategy=pinned).remote(*arguments),
-            )
+        """Run a Ray task once on every living node: node id -> (address, its result or the error that it raised).
+
+        Only an answer counts. A node that gives none is asked again until it answers or is known to be dead, which
+        takes Ray a while; after ANSWER_SECONDS it is left out.
+        """
         found: dict[str, tuple[str, Any]] = {}
-        for node_id, (address, call) in calls.items():
-            try:
-                found[node_id] = (address, ray.get(call, timeout=DRIVER_GRACE_SECONDS))
-            except ray.exceptions.RayTaskError as error:
-                found[node_id] = (address, error.cause if isinstance(error.cause, Exception) else error)
-            except ray.exceptions.RayError as error:
-                found[node_id] = (address, error)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while silent := {n["NodeID"]: n["NodeManagerAddress"] for n in self.alive() if n["NodeID"] not in found}:
+            calls = {node: self._on(node, task, *arguments) for node in silent}
+            for node, call in calls.items():
+                try:
+                    found[node] = (silent[node], ray.get(call, timeout=max(1.0, deadline - time.monotonic())))
+                except RayTaskError as error:
+                    found[node] = (silent[node], error.cause if isinstance(error.cause, Exception) else error)
+                except RayError as error:
+                    log.info("node %s gives no answer yet: %s", silent[node], error)
+            unheard = [address for node, address in silent.items() if node not in found]
+            if unheard and time.monotonic() > deadline:
+                log.warning("no answer from node %s within %.0f s; the run begins", ", ".join(unheard), ANSWER_SECONDS)
+                break
+            if unheard:
+                time.sleep(LOOK_SECONDS)
         return found
+
+    def _on(self, node: str, task: Any, *arguments: Any) -> Any:
+        pinned = NodeAffinitySchedulingStrategy(node, soft=False)
+        return task.options(num_cpus=0, scheduling_strategy=pinned, max_retries=0).remote(*arguments)
 
 
 def _fits(cpus: float, gpus: float, worker_cpus: float, worker_gpus: float) -> int:

@@ -31,11 +31,12 @@ from selfplay.fleet import (
     Result,
     unit_of,
 )
+from selfplay.run_folder import RunError
 from selfplay.store import Place
 from selfplay.worker import EvaluationJob, Played, Unit
 
 log = logging.getLogger(__name__)
-NODE_GONE = "node"
+NODE_GONE = "its node has died"
 """What Ray's message about a dead actor says where it went with its node; the node's own state may follow later."""
 
 
@@ -175,7 +176,11 @@ class RayFleet:
         if worker not in self._members:
             return None  # it was given up, or another call told of its end already
         if isinstance(error, RayTaskError):
-            return Raised(worker, error.cause if isinstance(error.cause, Exception) else error)
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            starting = self._members[worker].node is None
+            if not (starting and isinstance(cause, RunError)):
+                return Raised(worker, cause)
+            return Lost(worker, Cause.BLIND, str(cause))  # a node that joined: others may fare better
         self._members.pop(worker)
         self._to_finish.discard(worker)
         return Lost(worker, self._cause(error), _short(error))
@@ -183,7 +188,7 @@ class RayFleet:
     def _cause(self, error: BaseException) -> Cause:
         if isinstance(error, ActorUnavailableError):
             return Cause.UNREACHABLE
-        if isinstance(error, RayActorError) and "its node has died" in str(error):
+        if isinstance(error, RayActorError) and NODE_GONE in str(error):
             return Cause.NODE
         return Cause.DIED
 

@@ -1,4 +1,4 @@
-"""The run's own documents: run.json, every version of the config, metrics.jsonl, heartbeat, what is pending."""
+"""The run's own documents: run.json, every version of the config, metrics.jsonl, what is pending."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from selfplay.config import Config, ConfigError, load_config
 from selfplay.doctor.findings import RESTORE, Finding
 from selfplay.loop import last_good
 from selfplay.run_folder import RunError
-from selfplay.status import read_heartbeat, read_run
+from selfplay.status import read_run
 
-_EPOCH = re.compile(r"epoch-(\d+)")
+_OWNED = re.compile(r"(epoch|building)-(\d{5,})")
 NEEDED = ("iteration", "policy_version", "wall_seconds")
 """Columns of every row of metrics.jsonl."""
 PLAYED = ("problems", "solved", "sampled_tokens", "staleness")
@@ -58,9 +58,13 @@ class Documents:
 
     def rolled_back(self, iteration: int) -> bool:
         """Whether the weights went back before or in `iteration`, as metrics.jsonl says or its scores demand."""
-        before = [row for row in self.metrics if row["iteration"] < iteration]
         said = any(row["iteration"] == iteration and row.get("rolled_back") for row in self.metrics)
-        return said or last_good(before, default=iteration - 1) != iteration - 1
+        return said or self.good(iteration) != iteration - 1
+
+    def good(self, iteration: int) -> int:
+        """The checkpoint that `iteration` goes on from, by all scores before it."""
+        before = [row for row in self.metrics if row["iteration"] < iteration]
+        return last_good(before, default=iteration - 1)
 
 
 def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
@@ -87,12 +91,6 @@ def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
         what = f"says seed {config.seed}, and run.json {facts['seed']}"
         findings.append(Finding("config", "config.yaml", what, RESTORE))
     findings += _read_metrics(documents)
-    try:
-        read_heartbeat(run)
-    except RunError as error:
-        findings.append(
-            Finding("heartbeat", "heartbeat.json", _what(error), "delete it, the next driver writes a new one")
-        )
     findings += pending_faults(run, None if facts is None else facts["epoch"])
     return documents, findings
 
@@ -142,7 +140,7 @@ def pending_faults(run: Path, epoch: int | None) -> Iterator[Finding]:
     if epoch is None or not (run / "pending").is_dir():
         return
     for entry in sorted((run / "pending").iterdir()):
-        number = _EPOCH.search(entry.name)
-        if number is not None and (int(number[1]) != epoch or not _EPOCH.fullmatch(entry.name)):
-            what = f"is left by a driver that lost the run (epoch {int(number[1])}, now {epoch})"
+        owned = _OWNED.fullmatch(entry.name)
+        if owned is not None and int(owned[2]) != epoch:
+            what = f"is left by a driver that lost the run (epoch {int(owned[2])}, now {epoch})"
             yield Finding("pending", f"pending/{entry.name}", what, "delete it, nothing in it was committed")

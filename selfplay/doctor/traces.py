@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from selfplay.doctor.findings import RESTORE, Finding, ShardFaults
 from selfplay.doctor.rows import Iteration, row_faults
 from selfplay.doctor.trees import tree_faults
 from selfplay.doctor.units import REPLAY, Expected, Progress, expected_units, folder_of, unit_faults
-from selfplay.loop import last_good
 from selfplay.schema import MAX_BATCH_ROWS, SCHEMA
 from selfplay.shards import ShardError, iter_batches, list_shards, read_metadata, shard_key
 
@@ -37,9 +37,10 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
         number: expected_units(_played_with(paths, configs) or config, pool) for number, paths in iterations.items()
     }
     yield from unit_faults(iterations, expected, progress)
-    done, newest = 0, -1
+    done = 0
+    newest: dict[int, int] = {}
     for number, paths in sorted(iterations.items()):
-        at = Iteration(number, versions_of(documents, config, number))
+        at = Iteration(number, versions_of(documents, number))
         whole = True
         for path in paths:
             note(f"traces of iteration {number}: shard {done + 1} of {len(shards)}")
@@ -49,32 +50,37 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
             done += 1
         if whole and len(paths) == expected[number].parts:
             yield from metric_faults(documents, at)
-        if at.newest < newest and at.rows and not documents.rolled_back(number):
-            what = f"was played by version {at.newest} at most, and the iteration before by {newest}"
-            yield Finding("versions", folder_of(number), what, f"do not train on it, {RESTORE}")
-        newest = at.newest
+        if at.rows:
+            newest[number] = at.newest
+    yield from order_faults(newest, documents.rolled_back)
 
 
 def progress_of(documents: Documents, config: Config) -> Progress:
     return Progress(
         finished=max(documents.finished, 0),
-        ahead=1 + config.play.max_staleness,
-        window=config.learn.window,
+        ahead=1 + max(known.play.max_staleness for known in documents.configs),
+        needed=max(documents.finished, 0) - config.play.max_staleness - config.learn.window + 1,
         deletes=any(c.keep.iterations is not None or c.keep.days is not None for c in documents.configs),
     )
 
 
-def versions_of(documents: Documents, config: Config, iteration: int) -> set[int]:
-    """The policy versions that may play `iteration`: the newest good checkpoint when it, or one of the iterations
-    that staleness lets it run ahead of, began."""
-    staleness = max(known.play.max_staleness for known in documents.configs) if documents.configs else 0
-    allowed = set()
-    for begun in range(max(1, iteration - staleness), iteration + 1):
-        rows = [row for row in documents.metrics if row["iteration"] < begun]
-        allowed.add(last_good(rows, default=begun - 1))
-        if config.play.max_staleness:
-            allowed.add(begun - 1)  # a collapse may become known only after play has begun
-    return allowed
+def versions_of(documents: Documents, iteration: int) -> set[int]:
+    """The policy versions that may play `iteration`: the newest checkpoint, or the last good one after a rollback, as
+    of when it or one of the iterations began that staleness lets it run ahead of."""
+    staleness = max(known.play.max_staleness for known in documents.configs)
+    if not staleness:
+        return {documents.good(iteration)}
+    newest = range(max(0, iteration - 1 - staleness), iteration)
+    known = range(max(1, iteration - 2 * staleness), iteration + 1)  # an evaluation may end so much later
+    return {*newest, *(documents.good(at) for at in known if documents.good(at) != at - 1)}
+
+
+def order_faults(newest: Mapping[int, int], rolled_back: Callable[[int], bool]) -> Iterator[Finding]:
+    """Versions that go back without a rollback; `newest` holds the newest one that played each iteration."""
+    for before, number in itertools.pairwise(sorted(newest)):
+        if newest[number] < newest[before] and not rolled_back(number):
+            what = f"was played by version {newest[number]} at most, and iteration {before} by {newest[before]}"
+            yield Finding("versions", folder_of(number), what, f"do not train on it, {RESTORE}")
 
 
 def _played_with(shards: list[Path], configs: Mapping[str, Config]) -> Config | None:
@@ -100,7 +106,7 @@ def shard_faults(
 ) -> Iterator[Finding]:
     """One shard: checksums, schema, who wrote it, and every row."""
     where = path.relative_to(run).as_posix()
-    cure = RESTORE if at.number <= progress.finished else REPLAY
+    cure = REPLAY if at.number >= progress.needed else RESTORE
     faults = ShardFaults()
     rows, schema = 0, None
     try:

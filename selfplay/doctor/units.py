@@ -44,14 +44,14 @@ class Progress:
     """Last iteration that is done (has a checkpoint or a row of metrics)."""
     ahead: int
     """Iterations that play may have begun beyond it."""
-    window: int
-    """Iterations that the next learning phase needs, the one in play included."""
+    needed: int
+    """First iteration whose traces a learning phase may still read (selfplay/retention.py)."""
     deletes: bool
     """Whether old traces are deleted at all (config `keep`)."""
 
     def may_lack(self, iteration: int) -> bool:
         """Whether retention may have deleted (part of) this iteration's traces."""
-        return self.deletes and iteration <= self.finished - self.window + 1
+        return self.deletes and iteration < self.needed
 
 
 def unit_faults(
@@ -90,7 +90,8 @@ def unit_faults(
         missing = sorted(set(range(count)) - parts.keys())
         if missing and iteration <= progress.finished and not progress.may_lack(iteration):
             what = f"lacks part {_ranges(missing)} of {count} although the iteration is finished"
-            yield Finding("units", folder, what, RESTORE)
+            cure = f"{RESTORE}, or resume, which plays it again" if iteration >= progress.needed else RESTORE
+            yield Finding("units", folder, what, cure)
 
 
 def folder_of(iteration: int) -> str:

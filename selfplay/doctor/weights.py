@@ -19,7 +19,7 @@ def checkpoint_faults(documents: Documents, note: Callable[[str], None]) -> Iter
     """Which checkpoint is missing, damaged or cannot be loaded."""
     folder = documents.run / "checkpoints"
     numbers = checkpoints.existing(folder)
-    rows = documents.metrics
+    staleness = max((known.play.max_staleness for known in documents.configs), default=0)
     yield from _missing(folder, numbers, documents)
     for number in numbers:
         note(f"checkpoint {number}")
@@ -34,9 +34,9 @@ def checkpoint_faults(documents: Documents, note: Callable[[str], None]) -> Iter
             if state.get(name) != number:
                 yield Finding("checkpoint", where, f"says {name} {state.get(name)}", f"move it away, {RESTORE}")
         base = state.get("base")
-        good = last_good([row for row in rows if row["iteration"] < number], default=number - 1)
-        if base is not None and base not in (good, number - 1):
-            what = f"was learned from checkpoint {base}, and the one to go on from was {good}"
+        good = {documents.good(known) for known in range(max(1, number - staleness), number + 1)} if number else {0}
+        if base is not None and base != number - 1 and base not in good:
+            what = f"was learned from checkpoint {base}, and the one to go on from was {max(good)}"
             yield Finding("versions", where, what, RESTORE)
 
 

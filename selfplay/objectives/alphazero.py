@@ -12,6 +12,7 @@ from torch import Tensor
 from selfplay.forward import Outputs, fit, token_logprobs
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels
 from selfplay.objectives.base import Models, Need, TraceLike
+from selfplay.objectives.importance import Importance, ratio_runs
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
 from selfplay.objectives.wins import pick_wins
 from selfplay.packing import Item, Packed
@@ -34,6 +35,11 @@ class AlphaZero:
     """Weight of the KL to the reference."""
     max_wins: int = 3
     """Distinct wins imitated per problem and iteration."""
+    importance: str = "none"
+    """none, step or path: imitated steps count by how likely the weights that learn are to draw them, against those
+    that did (`importance.Importance`)."""
+    importance_cap: float = 2.0
+    """Largest such ratio."""
     value_label: str = "mean"
     """outcome, mean or max (`items.ValueRule`)."""
     value_mix: float = 0.0
@@ -46,6 +52,8 @@ class AlphaZero:
         self.coefficients  # noqa: B018 (negative weights are refused)
         if self.max_wins < 1:
             raise ValueError(f"max_wins must be at least 1, not {self.max_wins}")
+        if self.importance not in list(Importance):
+            raise ValueError(f"importance must be one of {', '.join(Importance)}, not {self.importance!r}")
         if self.value_label not in list(ValueRule):
             raise ValueError(f"value_label must be one of {', '.join(ValueRule)}, not {self.value_label!r}")
         for name in ("value_mix", "value_share"):
@@ -54,7 +62,12 @@ class AlphaZero:
 
     @property
     def coefficients(self) -> Coefficients:
-        return Coefficients(policy=self.policy, nll=self.nll, value=self.value, kl=self.kl)
+        cap = self.importance_cap if self._weighs else None
+        return Coefficients(policy=self.policy, nll=self.nll, value=self.value, kl=self.kl, importance_cap=cap)
+
+    @property
+    def _weighs(self) -> bool:
+        return self.nll > 0.0 and self.importance != Importance.NONE
 
     @property
     def replay(self) -> Coefficients:
@@ -62,7 +75,7 @@ class AlphaZero:
 
     @property
     def needs(self) -> frozenset[Need]:
-        wanted = {Need.REFERENCE: self.kl > 0.0, Need.VALUE_HEAD: self.value > 0.0}
+        wanted = {Need.REFERENCE: self.kl > 0.0, Need.VALUE_HEAD: self.value > 0.0, Need.BEHAVIOR: self._weighs}
         return frozenset(need for need, needed in wanted.items() if needed)
 
     def prepare(self, traces: Sequence[TraceLike], models: Models, rng: np.random.Generator) -> list[Item]:
@@ -81,6 +94,7 @@ class AlphaZero:
                 values=labels,
                 sampled=self.kl > 0.0,
                 version=trace.policy_version,
+                ratios=ratio_runs(trace, wins, Importance(self.importance)) if self._weighs else (),
             )
             if item is not None:
                 items.append(item)

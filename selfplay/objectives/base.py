@@ -25,6 +25,8 @@ class Need(StrEnum):
     REFERENCE = "reference"
     """A frozen reference model."""
     VALUE_HEAD = "value_head"
+    BEHAVIOR = "behavior"
+    """The log-probabilities of every imitated step when it was drawn; `prepare` raises UserError where one lacks."""
 
 
 class TraceLike(Protocol):

@@ -3,6 +3,7 @@ not depend on how the step was cut into batches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,15 @@ class Coefficients:
     """Binary cross-entropy per value label."""
     kl: float = 0.0
     """KL to the reference per sampled token, k3 estimator."""
+    importance_cap: float | None = None
+    """Imitated steps count by their importance ratio, truncated at this (at least 1); None: all alike."""
 
     def __post_init__(self) -> None:
         for name in ("policy", "nll", "value", "kl"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"the {name} coefficient must not be negative, not {getattr(self, name)}")
+        if self.importance_cap is not None and not 1.0 <= self.importance_cap < math.inf:
+            raise ValueError(f"importance_cap must be a number of at least 1, not {self.importance_cap}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class Totals:
     nll: float
     values: float
     sampled: float
+    ratios: float = 0.0
 
     @classmethod
     def of(cls, items: Sequence[Item]) -> Totals:
@@ -49,6 +55,7 @@ class Totals:
             nll=float(sum(item.nll_weight.sum() for item in items)),
             values=float(sum(item.value_weight.sum() for item in items)),
             sampled=float(sum(item.sampled.sum() for item in items)),
+            ratios=float(sum(item.ratios.units for item in items)),
         )
 
 
@@ -80,6 +87,24 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.exp() - 1.0 - log_ratio
 
 
+def weighed_likelihood(logprobs: Tensor, packed: Packed, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of -log p over the imitated tokens, each counted min(cap, p / p when drawn) times (without gradient): the
+    ratio of its step or of its whole path (`packing.Ratios`). Beside it the U ratios so truncated, and which were.
+
+    With reward 1 for a win it is the truncated importance-sampling policy gradient: the gradient of the win rate of
+    the weights that learn, from paths that other weights drew; a cap bounds its variance and biases it towards them
+    (Espeholt et al. 2018, "IMPALA", arXiv 1802.01561, the truncated rho).
+    """
+    runs = logprobs.new_zeros(len(packed.ratio_weight)).index_add(
+        0, packed.token_ratio, logprobs.index_select(0, packed.ratio_token)
+    )
+    with torch.no_grad():
+        apart = runs.new_zeros(packed.units).index_add(0, packed.ratio_unit, runs - packed.ratio_behavior)
+        ratio = apart.clamp(max=math.log(cap)).exp()
+    loss = -(packed.ratio_weight * ratio.index_select(0, packed.ratio_unit) * runs).sum()
+    return loss, ratio, apart > math.log(cap)
+
+
 def composite_loss(
     outputs: Outputs, packed: Packed, totals: Totals, coefficients: Coefficients
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,8 +126,15 @@ def composite_loss(
         cross, own = group_cross_entropy(outputs.logprobs, packed)
         add("cross_entropy", (packed.group_weight * cross).sum() / totals.groups, coefficients.policy)
         parts["target_kl"] = (packed.group_weight * (cross - own)).sum().detach() / totals.groups
-    if totals.nll:
+    if totals.nll and coefficients.importance_cap is None:
         add("nll", -(packed.nll_weight * outputs.logprobs).sum() / totals.nll, coefficients.nll)
+    elif totals.nll:
+        if bool(torch.isnan(packed.ratio_behavior).any()) or not totals.ratios:
+            raise ValueError("importance ratios need behaviour log-probabilities; the items have none")
+        each, ratio, cut = weighed_likelihood(outputs.logprobs, packed, coefficients.importance_cap or math.inf)
+        add("nll", each / totals.nll, coefficients.nll)
+        parts["importance_ratio"] = ratio.sum() / totals.ratios
+        parts["importance_capped"] = cut.sum() / totals.ratios
     if totals.values and outputs.value_logits is not None:
         each = F.binary_cross_entropy_with_logits(outputs.value_logits, packed.value_label, reduction="none")
         add("value_loss", (packed.value_weight * each).sum() / totals.values, coefficients.value)

@@ -26,6 +26,10 @@ class Sft:
     """Weight of the value loss; 0 leaves the value head as it is and trains on winning paths only."""
     max_wins: int = 3
     """Distinct wins imitated per problem and iteration."""
+    importance: str = "none"
+    """none, step or path (`importance.Importance`): with one, the truncated off-policy gradient of the win rate."""
+    importance_cap: float = 2.0
+    """Largest importance ratio."""
     value_label: str = "mean"
     """outcome, mean or max (`items.ValueRule`)."""
     value_mix: float = 0.0
@@ -46,6 +50,8 @@ class Sft:
             value=self.value,
             kl=self.kl,
             max_wins=self.max_wins,
+            importance=self.importance,
+            importance_cap=self.importance_cap,
             value_label=self.value_label,
             value_mix=self.value_mix,
             value_share=self.value_share,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from selfplay.run_folder import read_metrics
 from selfplay.shards import iter_rows
 from tests.selfplay.deadly import EVERY
 from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome, run_child
@@ -122,3 +123,33 @@ def ancestors(pid: int) -> list[int]:
         pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
         found.append(pid)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_play_overlaps_learning_within_its_bound_and_loses_nothing(tmp_path: Path, staleness: int) -> None:
+    config = tmp_path / "ahead.yaml"
+    text = CONFIG.replace("executor: inline", "executor: ray, workers: 2").replace("iterations: 2", "iterations: 5")
+    config.write_text(text.replace("  unit: 8", f"  unit: 8\n  max_staleness: {staleness}"), encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(iter_rows(tmp_path / "run", columns=["trace_id", "iteration", "policy_version"]))
+    assert len({row["trace_id"] for row in rows}) == len(rows) == 5 * 24
+    behind = [row["iteration"] - 1 - row["policy_version"] for row in rows]
+    assert all(0 <= b <= staleness for b in behind)
+    assert any(behind)
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_sharing_a_device_by_turns_and_fitting_workers_change_nothing(tmp_path: Path) -> None:
+    inline = run_child("never", tmp_path / "inline")
+    assert inline.returncode == 0, inline.stderr
+    config = tmp_path / "turns.yaml"
+    text = CONFIG.replace("executor: inline", "executor: ray, workers: fit, by_turns: true, worker_cpus: 0.5")
+    config.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "ray")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "inline")

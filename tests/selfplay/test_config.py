@@ -67,3 +67,16 @@ def test_the_hash_changes_with_what_changes_traces_and_with_nothing_else() -> No
     assert parse_config(MINIMAL, ["play.search.temperature=0.5"]).hash() != base
     assert parse_config(MINIMAL, ["cluster.workers=7"]).hash() == base
     assert parse_config(MINIMAL, ["iterations=99"]).hash() == base
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("cluster={learners: 2, sharding: fsdp2, by_turns: true}", "a sharded learner keeps its devices"),
+        ("learn={optimizer: {name: muon}}", "muon needs whole matrices"),
+        ("learn={reanalyse: true}", "a sharded learner cannot score traces again"),
+    ],
+)
+def test_what_a_sharded_learner_cannot_do_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_config(MINIMAL, ["cluster={learners: 2, sharding: fsdp2}", override])

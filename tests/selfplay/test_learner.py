@@ -250,3 +250,28 @@ def test_auc_equals_the_share_of_pairs_in_the_right_order():
     wanted = (predictions[labels][:, None] > predictions[~labels]).mean()
     assert auc.value() == pytest.approx(wanted, abs=2e-3)
     assert math.isnan(RunningAuc().value())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_learner_at_rest_leaves_nothing_big_on_its_device_and_wakes_up_as_it_was(name):
+    found = []
+    for rests in (False, True):
+        learner = Learner(tiny_policy(), AlphaZero(kl=0.1), settings(name), reference=tiny_policy(seed=1))
+        learner.learn(1, traces(), Budget(steps=2))
+        if rests:
+            learner.move("cpu")  # stands for any device: identities and values stay
+        learner.learn(2, traces(), Budget(steps=2))
+        found.append(weights(learner.policy))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    learner.move("meta")
+    modules = [m for policy in (learner.policy, learner.reference) for m in (policy.model, policy.head)]
+    state = [
+        entry
+        for optimizer in learner.state_dict().values()
+        for entries in optimizer["state"].values()
+        for entry in entries.values()
+        if torch.is_tensor(entry) and entry.ndim
+    ]
+    assert len(state) >= len(learner.optimizer.parameters)
+    tensors = [*state, *(t for module in modules for t in (*module.parameters(), *module.buffers()))]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

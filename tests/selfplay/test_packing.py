@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from mcts.tree import Tree
 from selfplay import llama_kernels
+from selfplay.cutting import cut, find_exits, segments, split_paths
 from selfplay.forward import batches, check_kernels, check_tree_mask, forward, token_logprobs
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels, winners
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
-from selfplay.packing import NO_TOKEN, Item, PackingError, chain, cut, find_exits, pack, segments, split_paths
+from selfplay.packing import NO_TOKEN, Item, PackingError, chain, pack
 from tests.selfplay.learning import MODELS, VOCABULARY, gradients, random_tree, step, tiny_policy
 
 EVERYTHING = Coefficients(policy=1.0, nll=0.7, value=0.5)

@@ -16,9 +16,10 @@ from mcts.tasks import load_task
 from selfplay import cli
 from selfplay.config import Config, load_config, parse_config
 from selfplay.errors import SettingError
-from selfplay.learner import Budget, Learner, LearnerSettings, _Phase
+from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import build_objective
 from selfplay.optimizers import Optimizer, OptimizerSettings
+from selfplay.phase import Phase
 from selfplay.plan import GIB, PlanError, make_plan
 from selfplay.plan_model import activation_bytes, lora_parameters, meta_model, optimizer_bytes, shape_of
 from tests.models import FAMILIES, make_policy
@@ -293,16 +294,16 @@ def test_the_command_loads_nothing_and_writes_nothing(
 def test_the_learner_really_holds_no_more_than_two_sets_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    inner = _Phase._batch
+    inner = Phase._batch
 
-    def counted(self: _Phase, *task: Any) -> Any:
+    def counted(self: Phase, *task: Any) -> Any:
         nonlocal most
         found = inner(self, *task)
         alive.append(weakref.ref(found.gradients[0]))
         most = max(most, sum(ref() is not None for ref in alive))
         return found
 
-    monkeypatch.setattr(_Phase, "_batch", counted)
+    monkeypatch.setattr(Phase, "_batch", counted)
     policy = make_policy("llama")
     settings = LearnerSettings(items_per_step=16, batch_tokens=64, threads=1, max_length=64)
     learner = Learner(policy, build_objective("sft"), settings)

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
 
 
-def run_child(moment: str, run: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.selfplay.tiny_run", moment, str(run)]
+def run_child(moment: str, run: Path, *config: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.selfplay.tiny_run", moment, str(run), *map(str, config)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from selfplay.config import ConfigError, parse_config
 from selfplay.run_folder import RunError, RunFolder
+from tests.selfplay.tiny_run import tiny_config
 
 CONFIG = parse_config("task: {name: countdown}\nplay: {search: {strategy: {name: mcts}, budget: 64}}")
 
@@ -82,4 +83,15 @@ def test_metrics_of_a_repeated_iteration_replace_the_old_row(tmp_path: Path) -> 
     for iteration, score in ((0, 0.1), (1, 0.2), (1, 0.3)):
         run.append_metrics({"iteration": iteration, "heldout_pass1": score})
     assert [(r["iteration"], r["heldout_pass1"]) for r in run.metrics()] == [(0, 0.1), (1, 0.3)]
+    run.close()
+
+
+def test_a_launch_killed_before_its_run_existed_can_be_launched_again(tmp_path: Path) -> None:
+    for name in ("checkpoints", "traces", "tensorboard", "pending/epoch-00001"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("left over", encoding="utf-8")
+    (tmp_path / "run" / "pending" / "epoch-00001" / "half.yaml").write_text("left over", encoding="utf-8")
+    run = RunFolder.create(tmp_path / "run", tiny_config())
+    assert run.facts["epoch"] == 1
+    assert [p.name for p in (tmp_path / "run" / "pending" / "epoch-00001").iterdir()] == []
     run.close()

@@ -18,6 +18,7 @@ from selfplay.cli import app
 from selfplay.run_folder import RunError
 from selfplay.shards import shard_path
 from selfplay.status import SILENT_SECONDS, read_status
+from selfplay.store import holds_run
 from tests.selfplay.trace_samples import small_run
 from tests.selfplay.winning_run import CONFIG, UNITS, build
 
@@ -88,25 +89,26 @@ def test_what_the_driver_reports_is_shown(run: Path) -> None:
         run,
         workers={"alive": 3, "wanted": 4},
         restarts=2,
-        lease_losses=1,
+        restarts_left=7,
+        failed_problems=0,
+        leases_lost=1,
         staleness=1,
         tokens_per_second=700.0,
-        events=[{"time": NOW - 60, "what": "worker 3 restarted", "cause": "its node left"}, "unit 4 played again"],
+        events=[{"time": NOW - 60, "line": "worker 3 died: its node left; 7 restarts left"}],
     )
     text = "\n".join(read_status(run, now=NOW).lines())
     for words in (
-        "3 alive of 4 wanted, 2 restarts, 1 leases lost",
+        "3 alive of 4 wanted, 2 restarts (7 left), 1 leases lost, 0 problems given up",
         "700 per second",
         "staleness 1",
-        "2027-01-15 07:59:00 UTC worker 3 restarted its node left",
-        "unit 4 played again",
+        "2027-01-15 07:59:00 UTC worker 3 died: its node left; 7 restarts left",
     ):
         assert words in text
 
 
 def test_what_nobody_said_is_a_dash(run: Path) -> None:
     text = "\n".join(read_status(run, now=NOW).lines())
-    assert "- alive of - wanted, - restarts, - leases lost" in text
+    assert "- alive of - wanted, - restarts (- left), - leases lost, - problems given up" in text
     assert "no heartbeat" in text
 
 
@@ -163,7 +165,7 @@ def test_a_damaged_shard_is_named_and_the_others_are_counted(run: Path) -> None:
     found = read_status(run, now=NOW)
     assert (found.units, found.searches) == (1, 3)
     assert "part-00000.arrow cannot be read" in found.failures[-1]
-    assert f"selfplay doctor {run}" in found.failures[-1]
+    assert "look with `selfplay doctor`" in found.failures[-1]
 
 
 def test_status_writes_nothing(run: Path) -> None:
@@ -173,6 +175,21 @@ def test_status_writes_nothing(run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_in_object_storage_is_read_there(run: Path, s3_url: str) -> None:
+    """Its files are uploaded as they lie; only what `status` reads is fetched."""
+    import boto3
+
+    beat(run, host="elsewhere")
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    for path in run.rglob("*"):
+        if path.is_file():
+            boto3.client("s3").upload_file(str(path), bucket, f"{prefix}/{path.relative_to(run).as_posix()}")
+    found = read_status(s3_url, now=NOW)
+    assert (found.run, found.state, found.units, found.wins, found.wins_before) == (s3_url, "running", 1, 2, 3)
+    assert holds_run(s3_url)
+    assert not holds_run(f"{s3_url}-other")
+
+
 def test_no_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no run"):
         read_status(tmp_path)
@@ -180,11 +197,17 @@ def test_no_run_is_one_sentence(tmp_path: Path) -> None:
         read_status(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["run.json", "heartbeat.json"])
-def test_a_damaged_document_is_one_sentence(run: Path, name: str) -> None:
-    (run / name).write_text("[")
-    with pytest.raises(RunError, match=f"{name} is damaged"):
+def test_a_damaged_document_is_one_sentence(run: Path) -> None:
+    (run / "run.json").write_text("[")
+    with pytest.raises(RunError, match=r"run.json is damaged"):
         read_status(run)
+
+
+def test_a_torn_heartbeat_is_none(run: Path) -> None:
+    (run / "heartbeat.json").write_text('{"time": 18')
+    found = read_status(run, now=NOW)
+    assert (found.state, found.as_of) == ("unknown", None)
+    assert f"if no driver runs, go on with: selfplay resume {run}" in found.says
 
 
 def test_the_commands_print_for_people_and_for_programs(finished: Path) -> None:

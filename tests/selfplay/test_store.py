@@ -179,6 +179,18 @@ def test_a_library_that_makes_missing_folders_does_not_bring_a_fenced_epoch_back
         stale.publish(folder, "checkpoints/00001")
 
 
+def test_of_two_launches_into_one_folder_the_later_one_fences_the_earlier(tmp_path: Path) -> None:
+    """They are on two hosts, and the first has not come as far as run.json; or it was killed there."""
+    url = str(tmp_path / "run")
+    earlier = new_store(url)
+    (tmp_path / "run" / "run.json").unlink()
+    later = new_store(url)
+    assert can_write(later)
+    with pytest.raises(RunError):
+        earlier.put("run.json", "{}")
+    assert json.loads(later.read("run.json") or "")["id"] == later.place.run_id
+
+
 def test_a_node_that_does_not_see_the_run_says_so(url: str) -> None:
     store = Place(url + "-elsewhere", "abc", 1).open()
     with pytest.raises(RunError, match=r"does not see the run"):

@@ -21,6 +21,7 @@ from selfplay.cluster.submit import Ended, check_run_dir, connect, entrypoint, f
 from selfplay.config import parse_config
 from selfplay.errors import UserError
 from selfplay.run_folder import RunError
+from selfplay.status import read_status
 from tests.selfplay.ray_nodes import Cluster, free_ports, head_node
 from tests.selfplay.test_resume import ROOT, outcome, run_child
 from tests.selfplay.tiny_run import CONFIG as TINY
@@ -188,7 +189,9 @@ def test_a_submitted_run_ends_with_what_one_process_gives_and_a_second_submissio
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_ctrl_c_detaches_and_the_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+def test_ctrl_c_detaches_and_the_job_goes_on_until_it_is_stopped_and_has_saved(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     config = tmp_path / "long.yaml"
     config.write_text(TINY.replace("inline", "ray").replace("iterations: 2", "iterations: 1000"), encoding="utf-8")
     command = [sys.executable, "-m", "selfplay", "launch", str(config), "--submit", cluster.dashboard]
@@ -215,6 +218,9 @@ def test_ctrl_c_detaches_and_the_job_goes_on(cluster: Cluster, tmp_path: Path) -
     )
     assert "RUNNING" in status.stdout + status.stderr
     subprocess.run([*ask, "stop", *where], env=cluster.environment, capture_output=True, check=True)  # and waits
+    found = read_status(tmp_path / "run")
+    assert found.state == "interrupted"  # SIGTERM reached the driver, which had time to say so
+    assert f"selfplay resume {tmp_path / 'run'}" in found.says
 
 
 @pytest.mark.cluster

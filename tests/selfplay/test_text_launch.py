@@ -14,8 +14,8 @@ from mcts.strategies import build
 from mcts.tasks import TaskSettingError, load_task
 from mcts.tasks.text import TextTask
 from mcts.types import Problem, Status, Verdict
-from selfplay.cli import _example
 from selfplay.config import Config, load_config, parse_config
+from selfplay.drive import _example
 from selfplay.executor import check_parts
 from selfplay.solve import _conclude
 from tests.mcts.text_rows import gsm8k_folder, write

@@ -1,7 +1,7 @@
 """A run small enough for tests, and a child process that kills itself at a chosen moment of it.
 
 `python -m tests.selfplay.tiny_run MOMENT RUN [CONFIG]` launches (or, where RUN exists, resumes) the tiny run, or that
-of a config of one's own; MOMENT is one of MOMENTS, or "never".
+of a config of one's own; MOMENT is one of MOMENTS or SAVED, or "never".
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ MOMENTS = (
     "after checkpoint",
     "evaluate",
 )
+SAVED = ("saved warm-up", "saved learn")
+"""Moments within a phase, just after its state was saved; for a config with a small cluster.save_seconds."""
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -118,6 +120,18 @@ def arrange(moment: str) -> None:
     loop.Loop._evaluate = evaluate  # type: ignore[method-assign]
     if moment == "building the model":
         trainer.build_fresh_model = lambda folder, *_a, **_k: (folder.mkdir(), _die())  # type: ignore[assignment]
+    if moment in SAVED:
+        write = trainer.Trainer.save_partial
+        saved = 0
+
+        def counted_write(self: Any, partial: Any, phase: Any) -> None:
+            nonlocal saved
+            write(self, partial, phase)
+            saved += partial.iteration == SAVED.index(moment)
+            if saved == 3:
+                _die()
+
+        trainer.Trainer.save_partial = counted_write  # type: ignore[method-assign]
 
 
 def main(moment: str, run: str, given: str | None = None) -> None:
