@@ -197,6 +197,14 @@ def test_a_node_that_does_not_see_the_run_says_so(url: str) -> None:
         store.put("metrics.jsonl", "x")
 
 
+def test_a_node_that_sees_another_run_there_says_so(url: str) -> None:
+    """With the same epoch: a folder of its own that is mounted at the same path."""
+    driver = new_store(url)
+    driver.check()
+    with pytest.raises(RunError, match="does not see the run"):
+        replace(driver.place, run_id="another").open().check()
+
+
 def test_each_node_proves_that_it_sees_the_run(url: str) -> None:
     driver = new_store(url)
     token = ask(driver)
