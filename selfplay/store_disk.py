@@ -201,8 +201,13 @@ class DiskHome:
         with _told(root):
             for name in ROOMS:
                 (root / name).mkdir(exist_ok=True)
-            _clean_pending(root, facts["epoch"] + 1)
-            epoch_folder(root, facts["epoch"]).mkdir()
+            # of two launches at once on two hosts, and of one that was killed here, the later number fences the earlier
+            facts["epoch"] = max(facts["epoch"] - 1, 0, *epochs(root)) + 1
+            _clean_pending(root, facts["epoch"])
+            try:
+                epoch_folder(root, facts["epoch"]).mkdir()
+            except FileExistsError as error:
+                raise RunError(f"another launch creates {root} right now; choose another --run-dir") from error
         store = DiskStore(Place(self.url, facts["id"], facts["epoch"]))
         for name, text in documents.items():
             store.put(name, text)

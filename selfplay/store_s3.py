@@ -83,6 +83,7 @@ class S3Store:
                 if self._bucket.download(pending, copy) is None:
                     if self._bucket.etag(name) is None:
                         raise ShardError(f"cannot read shard {self.place.url}/{pending}: there is no such object")
+                    self.pull(name)
                     return False  # committed before, by a driver that died before it could tidy up
                 for _ in iter_batches(copy):  # what is committed can never be replaced, so look first
                     pass

@@ -281,3 +281,25 @@ def test_a_driver_on_the_same_host_that_is_alive_is_not_taken_over(s3_url: str) 
     run.close()
     RunFolder.open(s3_url, ["iterations=7"]).close()
     assert "iterations: 7" in (open_home(s3_url, create=False).read("config.yaml") or "")
+
+
+def test_a_document_that_the_next_driver_has_replaced_is_not_overwritten_in_that_moment(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfplay.store_s3 import S3Store
+
+    stale = new_store(s3_url)
+    stale.put("heartbeat.json", "1")
+    news: list[Any] = []
+    real = S3Store.check
+
+    def check(self: S3Store) -> None:
+        real(self)
+        if self is stale and not news:  # it looked, and now it sleeps
+            news.append(taken_over(s3_url))
+            news[0].put("heartbeat.json", "new")
+
+    monkeypatch.setattr(S3Store, "check", check)
+    with pytest.raises(RunError, match="was taken over"):
+        stale.put("heartbeat.json", "stale")
+    assert news[0].read("heartbeat.json") == "new"

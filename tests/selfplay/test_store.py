@@ -92,6 +92,7 @@ def test_a_unit_played_twice_is_committed_once_and_nothing_stays_pending(url: st
     first, second = played(store, group="a"), played(store, group="b")
     assert store.commit(first, FINAL)
     assert not store.commit(second, FINAL)
+    assert not store.commit(second, FINAL)  # also when its pending file is gone
     assert [row["group"] for row in iter_rows(store.pull(FINAL))] == ["a", "a"]
     with pytest.raises(ShardError, match="cannot read"):
         store.commit(second, "traces/iteration=00001/part-00001.arrow")
@@ -178,10 +179,30 @@ def test_a_library_that_makes_missing_folders_does_not_bring_a_fenced_epoch_back
         stale.publish(folder, "checkpoints/00001")
 
 
+def test_of_two_launches_into_one_folder_the_later_one_fences_the_earlier(tmp_path: Path) -> None:
+    """They are on two hosts, and the first has not come as far as run.json; or it was killed there."""
+    url = str(tmp_path / "run")
+    earlier = new_store(url)
+    (tmp_path / "run" / "run.json").unlink()
+    later = new_store(url)
+    assert can_write(later)
+    with pytest.raises(RunError):
+        earlier.put("run.json", "{}")
+    assert json.loads(later.read("run.json") or "")["id"] == later.place.run_id
+
+
 def test_a_node_that_does_not_see_the_run_says_so(url: str) -> None:
     store = Place(url + "-elsewhere", "abc", 1).open()
     with pytest.raises(RunError, match=r"does not see the run"):
         store.put("metrics.jsonl", "x")
+
+
+def test_a_node_that_sees_another_run_there_says_so(url: str) -> None:
+    """With the same epoch: a folder of its own that is mounted at the same path."""
+    driver = new_store(url)
+    driver.check()
+    with pytest.raises(RunError, match="does not see the run"):
+        replace(driver.place, run_id="another").open().check()
 
 
 def test_each_node_proves_that_it_sees_the_run(url: str) -> None:
