@@ -258,7 +258,9 @@ class Client:
             outcome = _Outcome("down", f"connection refused ({error.strerror})")
         except (OSError, http.client.HTTPException) as error:
             connected = call.connection is not None
-            why = call.aborted or f"{type(error).__name__}: {error}"
+            late = isinstance(error, TimeoutError)
+            said = f"no answer within {self.patience.deadline:g} s" if late else f"{type(error).__name__}: {error}"
+            why = call.aborted or said
             outcome = _Outcome("broken" if connected or call.aborted else "down", why)
         self._results.put((call, outcome))
 

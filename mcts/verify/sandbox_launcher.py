@@ -272,6 +272,7 @@ def main(arguments: list[str]) -> None:
         if isolated:
             space = os.stat("/proc/self/ns/pid_for_children").st_ino
             os.write(control, f"space {space}\n".encode())
+        os.write(mine, b"!")  # not before: the space cannot be read any more once its first process has ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         os.waitpid(init, 0)
         os._exit(0)  # without the interpreter's own goodbye
@@ -280,12 +281,9 @@ def main(arguments: list[str]) -> None:
         os.close(mine)
         os.umask(0o022)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.set_blocking(alive, False)
-        try:
-            os.read(alive, 1)  # the end of the file: the launcher died before the line above
+        if not os.read(alive, 1):  # the end of the file: the launcher died before the line above
             os._exit(1)
-        except BlockingIOError:
-            os.close(alive)
+        os.close(alive)
         files = {setting.program: text, setting.program + ".stdin": given}
         if isolated:
             call("a host name of its own", libc.sethostname(b"sandbox", 7))

@@ -72,7 +72,7 @@ def learn(case: dict[str, Any], group: Group, steps: int = 1, shard_on: str | No
     learner = Learner(policy, objective, settings, reference=policy_of(case, seed=5), group=group)
     if "tree_mask" in case:
         learner.tree_mask = False
-        learner._models = replace(learner._models, tree_mask=False)
+        learner.models = replace(learner.models, tree_mask=False)
     rng = np.random.default_rng(1)
     count = case.get("traces", 12)
     traces = [FakeTrace(random_tree(rng, int(rng.integers(4, 14))), problem_id=str(i)) for i in range(count)]
