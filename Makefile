@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/countdown3
 SEED ?= 0
 
-.PHONY: selfplay test test-slow lint types check bench bench-peers clean
+.PHONY: selfplay test test-slow lint types check bench bench-peers bench-objectives clean
 
 # torch first and by itself: a CPU wheel that pip knows of then satisfies everything that comes later
 $(VENV)/.installed: pyproject.toml
@@ -43,6 +43,9 @@ bench: $(VENV)/.installed
 
 bench-peers: $(VENV)/.installed
 	$(BIN)/python scripts/bench_peers.py --run $(RUN)
+
+bench-objectives: $(VENV)/.installed
+	$(BIN)/python scripts/bench_objectives.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
