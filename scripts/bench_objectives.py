@@ -16,8 +16,9 @@ Runs are kept in `--work` and are not repeated where they are complete. Seconds 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from bench_peers import Point, score_at
 from rich.console import Console
 from rich.table import Table
 
-from selfplay.config import Config, ConfigError, load_config
-from selfplay.errors import UserError
+from selfplay.cli import app
+from selfplay.config import Config, load_config
+from selfplay.errors import UserError, known_errors
 from selfplay.run_folder import read_metrics
 
 Rows = list[dict[str, Any]]
@@ -94,11 +96,12 @@ def problems_for(rows: Sequence[Mapping[str, Any]], tokens: int, most: int) -> i
 
 
 def command(*words: str) -> None:
-    """One selfplay command to its end. Raises UserError where it fails."""
-    done = subprocess.run([sys.executable, "-m", "selfplay", *words], check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise UserError(f"`selfplay {' '.join(words[:2])} ...` failed: {' '.join(last)}")
+    """One selfplay command to its end, in this process (imports would cost more than an iteration of a small run); what
+    it prints is dropped. Raises what the command raises, and UserError where it was interrupted."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        code = app(list(words), standalone_mode=False)
+    if code:
+        raise UserError(f"`selfplay {' '.join(words[:2])} ...` ended with exit code {code}; run this again to go on")
 
 
 class Bench:
@@ -257,7 +260,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/objectives.json"))
     try:
         bench(parser.parse_args())
-    except (UserError, ConfigError) as error:
+    except known_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
