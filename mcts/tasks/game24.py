@@ -4,8 +4,8 @@ The puzzles come from a CSV file with the columns Rank and Puzzles (rank 1 is th
 The held-out split is the puzzles of rank 901 to 1000; no set of theirs, nor of the dev split, occurs in training
 under any target or in any order, warm-up included.
 
-1,198 training puzzles are few: a small model learns them by heart. `train_high` above 13 adds the sets of four numbers up
-to it, to warm-up and, where they reach the target, to the training puzzles; what is held out stays the same.
+1,198 training puzzles are few: a small model learns them by heart. `train_high` above 13 adds the sets with numbers up
+to it to warm-up and, where they reach the target, to the training puzzles; what is held out stays the same.
 
 Steps never go below zero, for whoever writes a - b can write b - a and turn the sign that follows; a text format
 with negative numbers would only need more words. An *answer* may: the game allows it.
