@@ -227,7 +227,10 @@ def bench(arguments: argparse.Namespace) -> None:
     variants = [alphazero(runner.config, best, arguments.nll), *others()]
     if arguments.alone:
         variants.append(alphazero(runner.config, 1.0, 0.0))
-    runs = {v.key: {seed: runner.run(v, seed, arguments.samples) for seed in arguments.seeds} for v in variants}
+    runs: dict[str, dict[int, Rows]] = {v.key: {} for v in variants}
+    for seed in arguments.seeds:  # a seed is complete before the next begins: a part of the seeds is a result too
+        for variant in variants:
+            runs[variant.key][seed] = runner.run(variant, seed, arguments.samples)
     ends = {seed: min(curve(runs[v.key][seed])[-1].seconds for v in variants) for seed in arguments.seeds}
     report = {
         "config": str(arguments.config),
