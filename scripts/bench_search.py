@@ -42,12 +42,12 @@ TEMPERATURES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5)
 GRIDS: dict[str, tuple[dict[str, Any], dict[str, Sequence[Any]]]] = {
     SAMPLER: ({"name": "best_of_n", "n": 0, "until_win": True}, {"temperature": TEMPERATURES}),
     "mcts": (
-        {"name": "mcts", "commit": "never", "simulations": 0, "expand": 1},
-        {"c_init": (0.05, 0.1, 0.3, 1.25), "fpu_reduction": (0.0, 0.2)},
+        {"name": "mcts", "commit": "never", "simulations": 0, "expand": 1, "fpu_reduction": 0.0},
+        {"c_init": (0.05, 0.1, 0.3, 1.25), "temperature": (0.65, 1.0)},
     ),
     "gumbel": (
         {"name": "gumbel", "commit": "never", "expand": 1},
-        {"m": (2, 4, 8), "simulations": (1, 4, 16), "c_scale": (0.1, 0.5)},
+        {"m": (1, 2, 4, 8), "simulations": (1, 4, 16)},
     ),
     "index": ({"name": "index"}, {"trust": (0.9, 0.99), "temperature": (0.65, 1.0)}),
     "redraw": ({"name": "redraw"}, {"ratio": (0.5, 1.0, 2.0), "temperature": (0.65, 1.0)}),

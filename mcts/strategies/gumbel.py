@@ -91,8 +91,8 @@ class Gumbel:
         return node
 
     def _search_on(self, ctx: SearchContext, search: TreeSearch) -> Generator[Wave, Replies, None]:
-        """Episodes until a win, the end of the budget, or nothing is left to find. Each draws or closes something, so
-        there is an end."""
+        """Episodes until a win, the end of the budget, or nothing is left to find. Every node played gets a draw, below
+        it or at it, so there is an end."""
         played: dict[int, int] = {}
         node = ROOT
         while not (ctx.spent or ctx.wins or ROOT in search.done):
@@ -102,7 +102,8 @@ class Gumbel:
             played[node] = played.get(node, 0) + 1
             candidates = yield from self._unfinished(ctx, search, node, wanted)
             if not candidates:
-                continue  # the node is done, or the search is over
+                node = ROOT
+                continue
             halving = Halving(ctx, search, candidates, self.simulations)
             yield from search.simulate(halving, self.simulations)
             node = halving.best()
@@ -122,14 +123,19 @@ class Gumbel:
     def _unfinished(
         self, ctx: SearchContext, search: TreeSearch, node: int, wanted: int
     ) -> Generator[Wave, Replies, list[int]]:
-        """Draw at `node` until `wanted` steps there are unfinished, or it is closed or a win found; those steps."""
-        while True:
-            found = [arm for arm in search.step_children(node) if arm not in search.done]
-            if len(found) >= wanted or not search.is_open(node) or ctx.spent or ctx.wins:
-                return found
+        """Draw at `node` as often as unfinished steps are missing there, and no more: at the last step every draw ends
+        a path. The unfinished steps, which may be none."""
+
+        def unfinished() -> list[int]:
+            return [arm for arm in search.step_children(node) if arm not in search.done]
+
+        missing = wanted - len(unfinished())
+        while missing > 0 and search.is_open(node) and not (ctx.spent or ctx.wins):
+            n = 1 if search.exact else missing
+            missing -= n
             ctx.tree.fly(node, 1)
-            missing = wanted - len(found)
-            yield from search.draw([Expand(node, 1 if search.exact else missing, new=True)])
+            yield from search.draw([Expand(node, n, new=True)])
+        return unfinished()
 
     def _below(self, search: TreeSearch, node: int, arms: list[int], unseen: float) -> int:
         """argmax pi'(a) - N(a) / (1 + sum N); a step not yet drawn has the value v_mix."""
