@@ -114,6 +114,19 @@ def test_where_no_move_is_final_a_lost_episode_is_followed_by_others_until_a_win
     assert once < won
 
 
+def test_a_step_whose_every_end_loses_is_left_for_its_sibling_before_all_its_ends_are_drawn() -> None:
+    """The value favours `a`, below which fifty answers are wrong; each visit draws two of them, not all."""
+    ends = {f"{i} no": 0.02 for i in range(50)}
+    engine = ScriptedEngine(
+        lambda _, steps: {(): {"a ;": 0.5, "b ;": 0.5}, ("a ;",): ends}.get(steps, {"yes": 1.0}),
+        lambda _, steps: 0.9 if steps[:1] == ("a ;",) else 0.5,
+    )
+    strategy = Gumbel(commit="never", m=2, simulations=1, expand=1)
+    result = run_one(engine, ToyTask(max_steps=2), search(strategy, learning=False))
+    assert result.ended is Ended.SOLVED
+    assert len(result.tree) < 12
+
+
 def test_a_finished_candidate_gets_no_more_simulations_where_no_move_is_final() -> None:
     ctx = context(learning=True)
     state = TreeSearch(ctx, Widening(), lambda *_: 0, leaves=1, skip_done=True)
