@@ -109,3 +109,35 @@ def test_an_override_of_a_part_is_one_line_of_yaml_that_the_config_reads_back(mo
     assert sampled.play.search.strategy.settings == {"n": 0, "until_win": True}
     assert sampled.play.search.budget == plain.play.search.budget
     assert override("a", 1.5) == "a=1.5"
+
+
+def test_the_value_is_measured_on_the_states_of_each_method_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that the sampler never visits are the search's own; unfinished ones only, labelled by the oracle."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_search import Bench  # type: ignore[import-not-found]
+
+    from mcts.engines.scripted import ScriptedEngine
+    from mcts.tasks.countdown import Countdown
+    from selfplay.config import Part, SearchConfig
+
+    task = Countdown(heldout_problems=1)
+    problem = task.read("2 3 4 -> 24")
+    steps = {"3 * 2 = 6 | 4 6 ;": 0.7, "4 + 3 = 7 | 2 7 ;": 0.3}  # 6 * 4 wins, 7 and 2 cannot
+    bench = object.__new__(Bench)
+    bench.engine = ScriptedEngine(
+        lambda _, path: steps if not path else {"6 + 4 = 10": 1.0},
+        lambda _, path: 0.8 if path[:1] == ("3 * 2 = 6 | 4 6 ;",) else 0.2,
+    )
+    bench.task = bench.oracle = task
+    bench.open_searches = 4
+
+    def measured(settings: dict[str, object]) -> list[dict[str, float]]:
+        search = SearchConfig(strategy=Part.model_validate(settings), budget=400)
+        rows: list[dict[str, float]] = bench.value_auc(search, [problem], 0, 100)
+        return rows
+
+    (whole,) = measured({"name": "gumbel", "commit": "never", "m": 2, "simulations": 1})
+    assert (whole["depth"], whole["states"], whole["solvable"], whole["auc"]) == (1, 2, 0.5, 1.0)
+    (one,) = measured({"name": "best_of_n", "n": 1})
+    assert one["states"] == 1
+    assert math.isnan(one["auc"])
