@@ -7,7 +7,7 @@ SEED ?= 0
 FAULTS ?= 200
 HOURS ?= 2
 
-.PHONY: selfplay test test-slow lint types check bench bench-peers chaos soak clean
+.PHONY: selfplay test test-slow lint types check bench bench-peers bench-objectives chaos soak clean
 
 # torch first and by itself: a CPU wheel that pip knows of then satisfies everything that comes later
 $(VENV)/.installed: pyproject.toml
@@ -52,6 +52,8 @@ chaos: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/chaos.py --hours $(HOURS) --every 20 --iterations 1000
+bench-objectives: $(VENV)/.installed
+	$(BIN)/python scripts/bench_objectives.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -76,3 +76,68 @@ def test_a_method_that_needs_half_the_tokens_for_the_same_wins_is_twice_as_good(
     assert figures["tokens_ratio"] == pytest.approx(2.0)
     assert figures["wins_at_equal_tokens"] == pytest.approx(1.0)
     assert figures["wins_ratio"] > 1.0
+
+
+def test_the_next_iteration_makes_up_for_what_the_last_ones_drew_too_much_or_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_objectives import FIRST_GUESS, problems_for  # type: ignore[import-not-found]
+
+    warm: dict[str, float] = {"iteration": 0}
+    first = {"iteration": 1, "sampled_tokens": 1_500, "problems": 30}
+    assert problems_for([warm], 1_000, 10_000) == round(1_000 / FIRST_GUESS)
+    assert problems_for([warm, first], 1_000, 10_000) == 10  # 500 tokens are left of 2,000, at 50 a problem
+    assert problems_for([warm, {**first, "sampled_tokens": 300}], 1_000, 10_000) == 170
+    assert problems_for([warm, {**first, "sampled_tokens": 300}], 1_000, 100) == 100
+    assert problems_for([warm, {**first, "sampled_tokens": 9_000}], 1_000, 100) == 1
+
+
+def test_an_override_of_a_part_is_one_line_of_yaml_that_the_config_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_objectives import alphazero, others, override
+
+    from selfplay.config import load_config
+
+    file = ROOT / "configs" / "countdown3.yaml"
+    plain = load_config(file)
+    combined = load_config(file, alphazero(plain, 0.3, 1.0).overrides)
+    own = plain.learn.objective.settings
+    assert combined.learn.objective.name == "alphazero"
+    assert combined.learn.objective.settings == {"policy": 0.3, "nll": 1.0, **own}
+    sampled = load_config(file, others()[1].overrides)
+    assert sampled.play.search.strategy.settings == {"n": 0, "until_win": True}
+    assert sampled.play.search.budget == plain.play.search.budget
+    assert override("a", 1.5) == "a=1.5"
+
+
+def test_the_value_is_measured_on_the_states_of_each_method_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that the sampler never visits are the search's own; unfinished ones only, labelled by the oracle."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_search import Bench  # type: ignore[import-not-found]
+
+    from mcts.engines.scripted import ScriptedEngine
+    from mcts.tasks.countdown import Countdown
+    from selfplay.config import Part, SearchConfig
+
+    task = Countdown(heldout_problems=1)
+    problem = task.read("2 3 4 -> 24")
+    steps = {"3 * 2 = 6 | 4 6 ;": 0.7, "4 + 3 = 7 | 2 7 ;": 0.3}  # 6 * 4 wins, 7 and 2 cannot
+    bench = object.__new__(Bench)
+    bench.engine = ScriptedEngine(
+        lambda _, path: steps if not path else {"6 + 4 = 10": 1.0},
+        lambda _, path: 0.8 if path[:1] == ("3 * 2 = 6 | 4 6 ;",) else 0.2,
+    )
+    bench.task = bench.oracle = task
+    bench.open_searches = 4
+
+    def measured(settings: dict[str, object]) -> list[dict[str, float]]:
+        search = SearchConfig(strategy=Part.model_validate(settings), budget=400)
+        rows: list[dict[str, float]] = bench.value_auc(search, [problem], 0, 100)
+        return rows
+
+    (whole,) = measured({"name": "gumbel", "commit": "never", "m": 2, "simulations": 1})
+    assert (whole["depth"], whole["states"], whole["solvable"], whole["auc"]) == (1, 2, 0.5, 1.0)
+    (one,) = measured({"name": "best_of_n", "n": 1})
+    assert one["states"] == 1
+    assert math.isnan(one["auc"])

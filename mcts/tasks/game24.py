@@ -4,6 +4,9 @@ The puzzles come from a CSV file with the columns Rank and Puzzles (rank 1 is th
 The held-out split is the puzzles of rank 901 to 1000; no set of theirs, nor of the dev split, occurs in training
 under any target or in any order, warm-up included.
 
+1,198 training puzzles are few: a small model learns them by heart. `train_high` above 13 adds the sets with numbers up
+to it to warm-up and, where they reach the target, to the training puzzles; what is held out stays the same.
+
 Steps never go below zero, for whoever writes a - b can write b - a and turn the sign that follows; a text format
 with negative numbers would only need more words. An *answer* may: the game allows it.
 """
@@ -47,6 +50,7 @@ class Game24(ArithmeticTask):
         heldout_low: int = 901,
         heldout_high: int = 1000,
         dev_sets: int = 64,
+        train_high: int = HIGH,
         extra_target_low: int | None = None,
         extra_target_high: int | None = None,
         train_problems: int | None = None,
@@ -61,6 +65,7 @@ class Game24(ArithmeticTask):
         seed: int = 0,
     ) -> None:
         """path: CSV file; None: every solvable set, ranked by the chance that a random play wins.
+        train_high: largest number in training; above 13 its further sets are puzzles of their own, without a rank.
         extra_target_*: train also on every reachable target of this range (None: on `target` alone).
         warmup_share: share of warm-up plays that end at `target`, up to .5; 0: as random play has it."""
         name = "game24"
@@ -73,6 +78,7 @@ class Game24(ArithmeticTask):
         whole_number(name, "heldout_low", heldout_low, 1, 10**6)
         whole_number(name, "heldout_high", heldout_high, heldout_low, 10**6)
         whole_number(name, "dev_sets", dev_sets, 0, 2000)
+        whole_number(name, "train_high", train_high, HIGH, 50)
         whole_number(name, "negatives", negatives, 0, 64)
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         if train_problems is not None:
@@ -88,7 +94,7 @@ class Game24(ArithmeticTask):
             name=name,
             count=COUNT,
             low=LOW,
-            high=HIGH,
+            high=train_high,
             rules=Rules(max_value, max_numerator, max_denominator, zero=True),
             answer_rules=None,
             warmup=WarmupSettings(
@@ -112,7 +118,7 @@ class Game24(ArithmeticTask):
         shuffled = [others[k] for k in order]
         self._puzzles = {"heldout": heldout, "dev": shuffled[:dev_sets], "train": shuffled[dev_sets:]}
         aside = {*heldout, *shuffled[:dev_sets]}
-        self._training = np.array([row for row in _all_sets() if row not in aside], dtype=np.int64)
+        self._training = np.array([row for row in _all_sets(train_high) if row not in aside], dtype=np.int64)
 
     def _enumerated(self) -> dict[Puzzle, int]:
         sets = _all_sets()
@@ -149,6 +155,10 @@ class Game24(ArithmeticTask):
         ]
         if split == "heldout":
             return found
+        further = self._training[self._training[:, -1] > HIGH]
+        if split == "train" and len(further):
+            reach = count_plays(self.table, self.table.index(further), self.target, self.target)
+            found += self.make_problems(further, reach, random=random, limit=None)
         if split == "train" and self._extra is not None:
             extra = count_plays(self.table, self.table.index(self._training), *self._extra)
             if self._extra[0] <= self.target <= self._extra[1]:
@@ -158,8 +168,8 @@ class Game24(ArithmeticTask):
         return [found[k] for k in order][: self._train_problems if split == "train" else None]
 
 
-def _all_sets() -> list[Puzzle]:
-    return list(itertools.combinations_with_replacement(range(LOW, HIGH + 1), COUNT))
+def _all_sets(high: int = HIGH) -> list[Puzzle]:
+    return list(itertools.combinations_with_replacement(range(LOW, high + 1), COUNT))
 
 
 def read_puzzles(path: str | Path) -> dict[Puzzle, int]:

@@ -13,6 +13,7 @@ from mcts.search import Driver, Search
 from mcts.strategies.gumbel import Gumbel, Halving
 from mcts.strategies.tree_search import TreeSearch, Widening
 from mcts.tree import ROOT
+from mcts.types import Ended
 from tests.mcts.test_context import context, step
 from tests.mcts.toy import ToyTask, World, problem, run_one
 
@@ -86,14 +87,59 @@ def test_asking_where_to_start_does_not_use_up_a_simulation() -> None:
     assert course.start() == course.start() == 2
 
 
-def test_candidates_are_draws_and_stay_fixed_while_they_are_searched() -> None:
-    world = World(5, wins=0.0, depth=9)
-    result = run_one(world.engine(), ToyTask(), search(Gumbel(simulations=24, m=6, patience=99)))
+def test_candidates_are_draws_without_replacement_and_stay_fixed_while_they_are_searched() -> None:
+    world = World(6, wins=0.0, depth=9)
+    result = run_one(world.engine(), ToyTask(), search(Gumbel(simulations=24, m=3, patience=99)))
     tree = result.tree
     for node in tree.played[:-1]:
         drawn = sum(tree.draws[c] for c in tree.children[node])
-        assert drawn >= 6 or sum(tree.prior[c] for c in tree.children[node]) > 1 - 1e-5
-    assert sum(tree.draws[c] for c in tree.children[ROOT]) == 6
+        assert drawn >= 3 or sum(tree.prior[c] for c in tree.children[node]) > 1 - 1e-5
+    assert [tree.draws[c] for c in tree.children[ROOT]] == [1, 1, 1]
+
+
+def test_where_no_move_is_final_a_lost_episode_is_followed_by_others_until_a_win() -> None:
+    """One episode of two candidates a node is often lost; every tree of this world that holds a win is won."""
+    held = won = once = 0
+    for seed in range(40):
+        world = World(seed, wins=0.15)
+        whole = run_one(world.engine(), ToyTask(), search(Gumbel(commit="never", m=99, expand=99), budget=10**5))
+        held += bool(whole.tree.verdict and any(v is not None and v.won for v in whole.tree.verdict))
+        few = {"simulations": 2, "m": 2, "expand": 1}
+        found = run_one(world.engine(), ToyTask(), search(Gumbel(commit="never", **few), learning=False, budget=10**5))
+        found.tree.check()
+        won += found.ended is Ended.SOLVED
+        once += run_one(world.engine(), ToyTask(), search(Gumbel(**few), learning=False)).ended is Ended.SOLVED
+        assert found.ended in (Ended.SOLVED, Ended.EXHAUSTED)
+    assert won == held
+    assert once < won
+
+
+def test_a_step_whose_every_end_loses_is_left_for_its_sibling_before_all_its_ends_are_drawn() -> None:
+    """The value favours `a`, below which fifty answers are wrong; each visit draws two of them, not all."""
+    ends = {f"{i} no": 0.02 for i in range(50)}
+    engine = ScriptedEngine(
+        lambda _, steps: {(): {"a ;": 0.5, "b ;": 0.5}, ("a ;",): ends}.get(steps, {"yes": 1.0}),
+        lambda _, steps: 0.9 if steps[:1] == ("a ;",) else 0.5,
+    )
+    strategy = Gumbel(commit="never", m=2, simulations=1, expand=1)
+    result = run_one(engine, ToyTask(max_steps=2), search(strategy, learning=False))
+    assert result.ended is Ended.SOLVED
+    assert len(result.tree) < 12
+
+
+def test_a_finished_candidate_gets_no_more_simulations_where_no_move_is_final() -> None:
+    ctx = context(learning=True)
+    state = TreeSearch(ctx, Widening(), lambda *_: 0, leaves=1, skip_done=True)
+    arms = [ctx.add(ROOT, step(f"a{i} ;", 0.1, (10 + i, 1)))[0] for i in range(2)]
+    for arm, value in zip(arms, (0.9, 0.2), strict=True):
+        ctx.tree.backup(arm, value)
+    course = Halving(ctx, state, arms, 4)
+    assert course.start() == arms[0]
+    state.done.add(arms[0])
+    assert course.start() == course.best() == arms[1]
+    assert not course.over(1)
+    state.done.add(arms[1])
+    assert course.over(1)
 
 
 def test_below_the_root_visits_follow_the_improved_policy() -> None:
@@ -127,7 +173,7 @@ def test_episodes_end_at_a_terminal_and_carry_targets() -> None:
     assert any(not math.isnan(t) for result in results for t in result.tree.target)
 
 
-@pytest.mark.parametrize("bad", [{"m": 0}, {"simulations": 0}, {"leaves": 0}, {"pick": "x"}])
+@pytest.mark.parametrize("bad", [{"m": 0}, {"simulations": 0}, {"leaves": 0}, {"pick": "x"}, {"commit": "x"}])
 def test_bad_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Gumbel(**bad)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
     ("mcts", {"simulations": 12}),
     ("mcts", {"commit": "never", "simulations": 0, "leaves": 4}),
     ("gumbel", {"simulations": 8, "m": 4, "leaves": 2}),
+    ("gumbel", {"commit": "never", "simulations": 4, "m": 3, "leaves": 2}),
     ("best_of_n", {"n": 6}),
     ("best_of_n", {"n": 0, "until_win": True, "batch": 2}),
     ("beam", {"n": 6, "m": 3}),

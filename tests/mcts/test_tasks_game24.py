@@ -72,6 +72,27 @@ def test_every_puzzle_of_the_public_file_stays_solvable_and_is_enumerated(file_t
     assert len(file_task.vocabulary()) < 400
 
 
+def test_larger_training_numbers_add_puzzles_and_leave_what_is_held_out_as_it_is(task: Game24) -> None:
+    wide = Game24(train_high=15)
+    assert wide.vocabulary() == task.vocabulary()
+    for split in ("heldout", "dev"):
+        assert list(wide.problems(split)) == list(task.problems(split))
+    assert_set_aside(wide, {key(p.meta["numbers"]) for p in task.problems("heldout")})
+    plain = {p.id for p in Game24().problems("train")}
+    added = [p for p in wide.problems("train") if p.id not in plain]
+    assert len(added) + len(plain) == len(wide.problems("train"))
+    assert len(added) > 500
+    for problem in added:
+        assert 13 < max(problem.meta["numbers"]) <= 15
+        assert problem.meta["target"] == 24
+        assert wide.solve(problem) is not None
+    warm = itertools.islice(wide.warmup(1), 2000)
+    assert max(max(key(example.problem.meta["numbers"])) for example in warm) == 15
+    assert wide.read("15 2 4 1 -> 24").meta["numbers"] == [15, 2, 4, 1]
+    with pytest.raises(TaskError, match="number"):
+        task.read("15 2 4 1 -> 24")
+
+
 def naive_plays(numbers: tuple[Fraction, ...], rules: Rules) -> Iterator[tuple[Fraction, float]]:
     """(number reached, chance under random play) of every legal play, the slow and obvious way."""
     if len(numbers) == 1:
