@@ -52,6 +52,7 @@ chaos: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python scripts/chaos.py --hours $(HOURS) --every 20 --iterations 1000
+
 bench-objectives: $(VENV)/.installed
 	$(BIN)/python scripts/bench_objectives.py
 

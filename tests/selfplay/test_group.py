@@ -27,7 +27,7 @@ from tests.selfplay.groups import run_group
 from tests.selfplay.learning import FakeTrace, random_tree, tiny_policy
 from tests.selfplay.test_learner import examples
 
-SIZES = (2, 3)
+SIZES = [2, pytest.param(3, marks=pytest.mark.slow)]
 CASES: dict[str, dict[str, Any]] = {
     "trees": {},
     "trees of gpt2": {"family": "gpt2"},

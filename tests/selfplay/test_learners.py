@@ -24,7 +24,7 @@ from tests.selfplay.test_partial import Steps, held
 from tests.selfplay.test_resume import ROOT
 from tests.selfplay.tiny_run import tiny_config
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 DEADLINE = 300.0
 CONFIG = tiny_config(
     "cluster={executor: ray, learners: 2, learner_cpus: 0.5, learner_threads: 1, save_seconds: 1.0e-9}",

@@ -24,6 +24,7 @@ from tests.selfplay.test_learner import examples
 from tests.selfplay.test_partial import Steps, held
 from tests.selfplay.tiny_run import tiny_config
 
+pytestmark = pytest.mark.slow
 SHARDED = {
     **{name: case for name, case in CASES.items() if name != "muon"},
     "recomputed layers": {"recompute": True},
