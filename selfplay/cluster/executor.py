@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,7 @@ class RayExecutor:
         self._call: Any = None
         self._progress: Progress | None = None
         self._asked = 0.0
+        self._started = time.monotonic()
         self._heard: float | None = None
         """When the learners last gave a sign of life; None: not since they were started, which may wait for room."""
         self._stopping = False
@@ -84,6 +86,10 @@ class RayExecutor:
     @property
     def learning(self) -> bool:
         return self._phase is not None
+
+    def _tell(self, line: str) -> None:
+        log.warning(line)
+        self._note(line)
 
     def _note(self, line: str) -> None:
         self._lately.append({"time": time.time(), "line": line})
@@ -176,10 +182,9 @@ class RayExecutor:
             f"{'the beginning' if self._at is None else f'checkpoint {self._at.name}'} or what the phase saved since; "
             f"{self._supervisor.restarts_left} restarts left"
         )
-        log.warning(line)
-        self._note(line)
+        self._tell(line)
         self._learners.restart()
-        self._heard = None
+        self._heard, self._started = None, time.monotonic()
         if (at := self._at) is not None:
             self._answer(lambda: self._learners.restore(at))
 
@@ -202,7 +207,13 @@ class RayExecutor:
         if found is not None:
             self._heard = time.monotonic()
             self._progress(*found)
-        elif self._heard is not None and now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
+        elif self._heard is None:
+            if now - self._started > self._config.cluster.silence_seconds:
+                self._started = math.inf  # said once
+                self._tell(
+                    "the learners have not come up yet: they wait for room, or load a large model"
+                )
+        elif now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
             self._revive(RunError(f"no sign of life for {now - self._heard:.0f} s"))
             self._start()
 

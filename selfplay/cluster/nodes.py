@@ -70,7 +70,7 @@ class Nodes:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._looked = -math.inf
-        self._fit = 0
+        self._fit = -1
 
     def alive(self) -> list[dict[str, Any]]:
         return [node for node in ray.nodes() if node["Alive"]]
@@ -84,7 +84,11 @@ class Nodes:
             self._looked = now
             found = self._room()
             if found != self._fit:
-                log.info("room for %d workers (before: %d)", found, self._fit)
+                short = found < (1 if workers == "fit" else workers)
+                log.log(
+                    logging.WARNING if short else logging.INFO,
+                    "the cluster has room for %d workers beside the learners (wanted: %s)", found, workers,
+                )  # fmt: skip
             self._fit = found
         return self._fit if workers == "fit" else min(workers, self._fit)
 
