@@ -210,9 +210,7 @@ class RayExecutor:
         elif self._heard is None:
             if now - self._started > self._config.cluster.silence_seconds:
                 self._started = math.inf  # said once
-                self._tell(
-                    "the learners have not come up yet: they wait for room, or load a large model"
-                )
+                self._tell("the learners have not come up yet: they wait for room, or load a large model")
         elif now - self._heard > LEARNERS_PATIENCE * self._config.cluster.silence_seconds:
             self._revive(RunError(f"no sign of life for {now - self._heard:.0f} s"))
             self._start()

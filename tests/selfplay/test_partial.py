@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
@@ -43,7 +44,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held(run: Path) -> Place:
     """A place for a driver of our own; the run need not exist."""
-    place = Place(str(run), "test", 99)
+    facts = run / "run.json"
+    place = Place(str(run), json.loads(facts.read_text())["id"] if facts.exists() else "test", 99)
     epoch_folder(run, place.epoch).mkdir(parents=True, exist_ok=True)
     (run / "checkpoints").mkdir(exist_ok=True)
     return place
