@@ -177,6 +177,7 @@ def measure(
     ways: Sequence[str] = tuple(WAYS),
 ) -> tuple[list[Row], dict[str, dict[str, Any]]]:
     """Idle core-seconds and wins per second of each way that plays ahead, against the best alternation."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = config_of(config_file, problems=problems, steps=steps, warmup=warmup, iterations=iterations)
     warmed_up(config, folder / "base")
     found = {name: run_way(folder / "base", folder / f"way-{i}", WAYS[name], iterations) for i, name in enumerate(ways)}
@@ -184,9 +185,10 @@ def measure(
     for name in (name for name in ways if WAYS[name].staleness and ALTERNATION in found):
         ours, theirs = found[name], found[ALTERNATION]
         facts = {"ours": ours, "alternation": theirs}
+        rates = (ours["wins_per_second"], theirs["wins_per_second"])
         rows += [
             Row(f"idle, {name}", ours["idle"], theirs["idle"], "core-s", "by turns", at_most=0.2, details=facts),
-            Row(f"wins, {name}", ours["wins_per_second"], theirs["wins_per_second"], "wins/s", "by turns", at_least=1.0),
+            Row(f"wins, {name}", *rates, "wins/s", "by turns", at_least=1.0),
         ]
     return rows, found
 

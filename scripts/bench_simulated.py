@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from selfplay.cluster.actors import LIFE
 from selfplay.cluster.weights import Fetched, Weights
 from selfplay.config import Config
 from selfplay.executor import Done, Learned, Progress
-from selfplay.fleet import Alive, Finished, FleetEvent, Order, Ready, Result
+from selfplay.fleet import Alive, Finished, FleetEvent, Order, Ready
 from selfplay.store import Place, Store
 from selfplay.supervisor import Complete, Supervisor
 from selfplay.units import join
