@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import bench_broadcast
 import bench_decode
+import bench_driver
+import bench_memory
+import bench_overlap
 import bench_play
 import bench_subject
 import bench_train
@@ -81,6 +85,17 @@ def main() -> None:
         say("traces per second with one and two workers")
         units, unit = (4, 32) if quick else (16, subject.config.play.unit)
         rows += bench_play.measure_workers(subject, folder, rate, units=units, unit=unit)
+        say("what a driver of 1,000 workers costs")
+        count, turns = (4, 1) if quick else (40, 3)
+        rows += bench_driver.measure(subject, folder, count=count, rounds=turns)
+        say("weights to one node and to two")
+        sizes, repetitions = ((1,), 1) if quick else (bench_broadcast.SIZES, 3)
+        rows += bench_broadcast.measure(folder, sizes=sizes, repetitions=repetitions)
+        say("memory over a run")
+        rows += bench_memory.measure(arguments.config, folder / "memory", iterations=6 if quick else 40)
+        say("playing ahead against playing and learning by turns")
+        job = {"iterations": 5, "problems": 64, "steps": 4, "warmup": 20} if quick else {}
+        rows += bench_overlap.measure(folder / "overlap", arguments.config, **job)[0]
     say("done")
     console.print(table(rows))
     for row in rows:

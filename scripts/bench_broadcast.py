@@ -139,12 +139,12 @@ def measure(folder: Path, *, sizes: Sequence[int] = SIZES, workers: int = 2, rep
 def show(rows: Sequence[Row]) -> None:
     for row in rows:
         for facts in (row.details["one"], row.details["two"]):
+            whole, publishing = (statistics.median(facts[name]) for name in ("seconds", "publish_seconds"))
             each = " ".join(f"{seconds:.2f}" for seconds in facts["seconds"])
             print(
                 f"{facts['megabytes']:>4} MB, {facts['nodes']} nodes x {facts['workers_per_node']} workers: "
-                f"{facts['bytes_fetched'] / 1e6:.1f} MB fetched, {statistics.median(facts['seconds']):.3f} s from "
-                f"publish to loaded ({each}), publish {statistics.median(facts['publish_seconds']):.3f} s "
-                f"(load {facts['load']:.1f})"
+                f"{facts['bytes_fetched'] / 1e6:.1f} MB fetched, {whole:.3f} s from publish to loaded ({each}), "
+                f"publish {publishing:.3f} s (load {facts['load']:.1f})"
             )
 
 

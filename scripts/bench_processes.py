@@ -55,3 +55,15 @@ def title(pid: int) -> str:
 def ray_processes() -> list[int]:
     """Raylet and GCS of the Ray that this process started."""
     return [pid for pid in descendants(os.getpid()) if any(n in title(pid) for n in ("/raylet ", "/gcs_server "))]
+
+
+def waiting_seconds(pids: Iterable[int]) -> float:
+    """How long the threads of living processes were ready to run so far while others had the processors."""
+    total = 0
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            try:
+                total += int(path.read_text(encoding="ascii").split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # the thread ended while we looked
+    return total / 1e9

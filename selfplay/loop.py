@@ -298,7 +298,7 @@ class Loop:
 
     def _summary(self, iteration: int) -> PlaySummary:
         shards = list_shards(self.run.path, first=iteration, last=iteration)
-        known = {key: self.summaries.pop(key) for key in list(self.summaries) if key[0] == iteration}
+        known = {key: self.summaries.pop(key) for key in map(shard_key, shards) if key in self.summaries}
         summary = merge(known.get(shard_key(shard)) or summarise_shards([shard]) for shard in shards)
         if summary.failed == len(summary.problem_ids):
             raise SearchError(f"every search of iteration {iteration} failed: {summary.failure}")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from selfplay.fleet import Alone, Cause, Evaluated, Record, unit_of
 from selfplay.run_folder import RunError
-from selfplay.supervisor import Complete, Supervisor
+from selfplay.supervisor import LOOKS, Complete, Supervisor
 from selfplay.worker import EvaluationJob, Unit
 from tests.selfplay.fake_fleet import FakeFleet, make_evaluation, make_unit
 
@@ -80,6 +80,37 @@ def test_a_silent_worker_is_given_up_and_what_it_says_later_is_dropped() -> None
         assert supervisor.poll(1.0) == []
     assert supervisor.counts.late_results == 2
     assert len(supervisor.strays) == 2
+
+
+def test_silence_is_noticed_soon_after_the_patience_is_over_and_not_before() -> None:
+    fleet = FakeFleet(2, seconds=1e6)
+    supervisor = fleet.supervisor(silence_seconds=30.0, lease_seconds=1e9)
+    fleet.disturb = lambda: fleet.frozen.add(0) if fleet.now == 12.0 else None
+    for part in range(2):
+        supervisor.submit(make_unit(part))
+    while not supervisor.counts.restarts:
+        supervisor.poll(0.25)
+    seen = 10.0  # its last beat
+    assert seen + 30.0 < fleet.now <= seen + 30.0 + 30.0 / LOOKS + 0.25
+
+
+def test_a_worker_without_room_or_with_another_version_gets_nothing_among_many() -> None:
+    fleet = FakeFleet(40, seconds=1e6)
+    supervisor = fleet.supervisor(silence_seconds=1e9, lease_seconds=1e9)
+    for part in range(100):
+        supervisor.submit(make_unit(part))
+    supervisor.poll(1.0)
+    supervisor.poll(1.0)
+    assert Counter(worker for worker, _ in fleet.sent) == dict.fromkeys(range(40), 2)
+    supervisor.version = 1
+    for worker in (3, 7):
+        fleet.die(worker, Cause.NODE)
+    supervisor.poll(1.0)
+    supervisor.poll(1.0)
+    assert {len(orders) for orders in fleet.living.values()} == {2}
+    versions = {w: {unit_of(o).policy_version for _, o in orders} for w, orders in fleet.living.items()}
+    assert [w for w, held in versions.items() if held == {1}] == [40, 41]
+    assert all(held == {0} for w, held in versions.items() if w < 40)
 
 
 def test_a_lease_that_runs_out_goes_to_another_worker() -> None:
