@@ -27,7 +27,7 @@ NAMED = {
     "oracle": "best_of_n:pick=oracle",
     "beam": "beam",
     "mcts": "mcts:commit=never,simulations=0,expand=1,c_init=0.1,fpu_reduction=0",
-    "gumbel": "gumbel:commit=never,m=2,simulations=1,expand=1",
+    "gumbel": "gumbel:commit=never,m=1,simulations=1,expand=1",
     "index": "index",
     "redraw": "redraw",
 }
