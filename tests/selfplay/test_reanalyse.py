@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -315,8 +316,9 @@ def test_of_two_that_score_a_shard_at_once_one_commits(tmp_path: Path, monkeypat
 
 def test_a_stale_driver_writes_no_side_file(tmp_path: Path) -> None:
     shard = write_shard(tmp_path, played(policy_of(0)))
-    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
     store = store_of(tmp_path)
+    facts = {"id": store.place.run_id, "epoch": 2}
+    (tmp_path / "run.json").write_text(json.dumps(facts), encoding="utf-8")
     (tmp_path / "pending" / "epoch-00001").rename(tmp_path / "pending" / "epoch-00002")
     with pytest.raises(Fenced, match="was taken over by another driver"):
         rescore(store, shard, scorer_of(policy_of(1)))
