@@ -16,7 +16,7 @@ from mcts.engines.counters import Counters
 from mcts.engines.torch_engine import TorchEngine
 from mcts.search import Driver
 from mcts.types import Problem, SearchResult
-from selfplay.cluster import RayExecutor
+from selfplay.cluster.executor import RayExecutor
 from selfplay.config import Config, Part, SearchConfig
 from selfplay.executor import Learned
 from selfplay.fleet import Evaluated
