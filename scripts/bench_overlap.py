@@ -6,9 +6,11 @@ The same job from the same warmed-up checkpoint, on a Ray of its own, one way af
 turns with one process each; by turns with both cores in each phase (two workers, two learner threads), the best that
 alternation does; ahead by one and by two versions with one process each; ahead by one with two workers and two learner
 threads. Measured from the third checkpoint to the third last, while nothing begins or runs out, and beside it over the
-whole run. Idle core-seconds are 2 x wall less the CPU seconds of workers and learner, and less the time that they were
-ready but others had the cores (`taken`: 0 on a machine of one's own). `taken` cannot tell others from each other, so
-it is left in where more than two threads are at work. Wants a quiet machine: its load is printed beside the figures.
+whole run. Idle core-seconds are 2 x wall less the CPU seconds of workers and learner, and less what others took away:
+the time that our threads were ready to run and did not (`taken`: near 0 on a machine of one's own), on both cores where
+one thread is at work at a time. `taken` cannot tell others from each other, so nothing is taken off where more than two
+threads are at work. That is an estimate, and wins per second are by the wall clock: both want a quiet machine, whose
+load is printed beside the figures.
 """
 
 from __future__ import annotations
@@ -59,9 +61,11 @@ class Way:
         ]
 
     @property
-    def crowded(self) -> bool:
-        """More threads are at work than there are cores."""
-        return self.staleness > 0 and self.workers + self.threads > CORES
+    def others(self) -> float:
+        """Core-seconds of the wall clock that go to others with each second that one of our threads waits for a core;
+        0 where it may be one of our own that it waits for."""
+        at_once = self.workers + self.threads if self.staleness else max(self.workers, self.threads)
+        return CORES / at_once if at_once <= CORES else 0.0
 
 
 ALTERNATION = "by turns, 2 workers, learner x 2 threads"
@@ -153,7 +157,7 @@ def _between(rows: list[dict[str, Any]], points: dict[int, Point], way: Way, fir
     wall, cpu, taken = b.wall - a.wall, b.cpu - a.cpu, b.taken - a.taken
     between = [row for row in rows if first < row["iteration"] <= last]
     wins = sum(row["solved"] * row["problems"] for row in between)
-    idle = CORES * wall - cpu - (0.0 if way.crowded else taken)
+    idle = CORES * wall - cpu - way.others * taken
     return {
         "wall": wall,
         "cpu": cpu,

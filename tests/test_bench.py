@@ -103,6 +103,24 @@ def test_a_version_that_a_node_fetches_twice_or_not_at_all_fails_the_bench_of_ha
         check([(a, "x"), (b, "y")], weights, "x", ["a", "b"])
 
 
+def test_idle_time_leaves_out_what_other_programs_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_overlap import Point, Way, _between  # type: ignore[import-not-found]
+
+    rows = [{"iteration": i, "solved": 0.5, "problems": 40, "play_seconds": 1.0, "learn_seconds": 1.0} for i in (1, 2)]
+
+    def idle(way: Way, wall: float, cpu: float, taken: float) -> float:
+        found = _between(rows, {0: Point(0.0, 0.0, 0.0), 2: Point(wall, cpu, taken)}, way, 0, 2)
+        assert found["wins_per_second"] == pytest.approx(40 / wall)
+        return float(found["idle"])
+
+    one_at_a_time, two_at_a_time, four_at_a_time = Way(0, 1, 1), Way(1, 1, 1), Way(1, 2, 2)
+    assert idle(one_at_a_time, 10, 10, 0) == pytest.approx(10)  # one of two cores, always
+    assert idle(one_at_a_time, 20, 10, 10) == pytest.approx(10)  # the same job, half of the time held up by others
+    assert idle(two_at_a_time, 20, 20, 20) == pytest.approx(0)
+    assert idle(four_at_a_time, 10, 20, 20) == pytest.approx(0)  # they waited for each other
+
+
 def test_the_slope_of_memory_is_that_of_the_line_and_its_error_that_of_the_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
