@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from selfplay.config import Config
@@ -212,6 +212,7 @@ class Learners:
         """For good."""
         self._ended.set()
         self._kill()
+        remove_placement_group(self._seats)
         self._looking.join()
 
     def _kill(self) -> None:
