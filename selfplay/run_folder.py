@@ -43,6 +43,8 @@ class RunFolder:
         self.config = config
         self.facts = facts
         self.path = store.root
+        self._rows = read_metrics(store.pull("metrics.jsonl").parent)
+        """Kept by the one who writes them: a mirror may be behind."""
         self._heartbeat = Heartbeat(store)
 
     @classmethod
@@ -112,13 +114,13 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl (replaced as a whole, so no line is ever half-written)."""
-        return read_metrics(self.path)
+        return list(self._rows)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add the row of one iteration. The file is replaced as a whole: it has one short line per iteration."""
-        rows = [r for r in self.metrics() if r["iteration"] < row["iteration"]]
-        lines = [json.dumps(r) for r in [*rows, row]]
-        self.store.put("metrics.jsonl", "\n".join(lines) + "\n")
+        rows = [*(r for r in self._rows if r["iteration"] < row["iteration"]), dict(row)]
+        self.store.put("metrics.jsonl", "\n".join(json.dumps(r) for r in rows) + "\n")
+        self._rows = rows
 
 
 def _read_facts(home: Home) -> dict[str, Any]:
