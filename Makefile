@@ -7,7 +7,7 @@ SEED ?= 0
 FAULTS ?= 200
 HOURS ?= 2
 
-.PHONY: selfplay test test-slow lint types check bench bench-peers bench-objectives chaos soak clean
+.PHONY: selfplay test test-slow test-long lint types check bench bench-peers bench-objectives chaos soak clean
 
 # torch first and by itself: a CPU wheel that pip knows of then satisfies everything that comes later
 $(VENV)/.installed: pyproject.toml
@@ -29,7 +29,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not bench and not gpu and not server"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not bench and not server"
+	$(BIN)/python -m pytest -m "slow and not bench and not server and not long"
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -122,6 +122,7 @@ def kept(run: Path) -> dict[str, Any]:
     return {name: value for name, value in outcome(run).items() if name != "pending"}
 
 
+@pytest.mark.long
 def test_a_run_in_object_storage_on_nodes_that_share_no_folder_gives_what_one_process_gives(
     folder: Path, config: Path, inline: dict[str, Any]
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_launch_is_refused_where_a_node_does_not_see_the_run_folder(folder: Pa
         assert "Traceback" not in done.stdout
 
 
+@pytest.mark.long
 def test_a_launch_is_not_refused_because_of_a_node_that_has_just_died(
     folder: Path, config: Path, inline: dict[str, Any]
 ) -> None:
