@@ -192,6 +192,12 @@ class Config(Section):
             raise ValueError("a sharded learner cannot score traces again: leave out learn.reanalyse or the sharding")
         return self
 
+    @model_validator(mode="after")
+    def _turns_alternate(self) -> Config:
+        if self.cluster.by_turns and self.play.max_staleness:
+            raise ValueError("cluster.by_turns alternates and play.max_staleness overlaps: leave one of them out")
+        return self
+
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""

@@ -80,3 +80,9 @@ def test_the_hash_changes_with_what_changes_traces_and_with_nothing_else() -> No
 def test_what_a_sharded_learner_cannot_do_is_refused(override: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_config(MINIMAL, ["cluster={learners: 2, sharding: fsdp2}", override])
+
+
+def test_a_device_shared_by_turns_is_refused_where_play_goes_on_while_the_learner_learns() -> None:
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        parse_config(MINIMAL, ["cluster.by_turns=true", "play.max_staleness=1"])
+    parse_config(MINIMAL, ["cluster.by_turns=true"])
