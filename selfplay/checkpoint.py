@@ -33,6 +33,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or trusted; the message is one sentence that says what to do."""
 
 
+def name_of(iteration: int) -> Path:
+    """Of a checkpoint within the run: each node has its own path to the run."""
+    return path_of(Path("checkpoints"), iteration)
+
+
 def path_of(checkpoints: Path, iteration: int) -> Path:
     """The folder of a checkpoint, whether it exists or not."""
     return checkpoints / f"{iteration:05d}"

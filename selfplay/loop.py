@@ -114,7 +114,7 @@ class Loop:
             self._warm_up()
             last = 0
         else:
-            self.run.store.pull(f"checkpoints/{last:05d}")
+            self.run.store.pull(checkpoints.name_of(last).as_posix())
             checkpoints.verify(self._checkpoint(last))
         self.learned = self.submitted = last
         done = {row["iteration"] for row in self.run.metrics()}
@@ -201,7 +201,7 @@ class Loop:
         diverged = metrics is None
         if diverged:
             log.warning("iteration %d: the loss was not finite; the weights of checkpoint %d are kept", iteration, base)
-            self.executor.restore(checkpoint_name(base))
+            self.executor.restore(checkpoints.name_of(base))
         seconds = self.play_ended.pop(iteration) - self.play_began.pop(iteration)
         state = {
             "iteration": iteration,
@@ -233,7 +233,7 @@ class Loop:
     def _publish(self, version: int, *, play: bool) -> None:
         """Make a checkpoint's weights known to the workers; with `play`, new units are played with them."""
         if self.playing_with != version:
-            self.executor.publish(checkpoint_name(version), version, play=play)
+            self.executor.publish(checkpoints.name_of(version), version, play=play)
             self.playing_with = version if play else self.playing_with
 
     def _play_ahead(self) -> None:
@@ -275,7 +275,7 @@ class Loop:
             log.warning("iteration %d lacks traces; what is missing is played again", iteration)
             base = self._base(iteration)
             replayable(self.run.checkpoints, iteration, base, self.config.hash())
-            self.executor.publish(checkpoint_name(base), base, play=True)
+            self.executor.publish(checkpoints.name_of(base), base, play=True)
             self._submit(iteration, base)
             self._wait(partial(self._is_played, iteration))
             del self.missing[iteration], self.play_began[iteration], self.play_ended[iteration]
@@ -309,7 +309,7 @@ class Loop:
     def _learn(self, iteration: int, base: int) -> dict[str, Any] | None:
         """The metrics of a learning phase; None where its loss was not finite."""
         if self.learner_at != base:
-            self.executor.restore(checkpoint_name(base))
+            self.executor.restore(checkpoints.name_of(base))
             self.learner_at = base
         shards = ReplayWindow(self.run.path, self.config.learn.window).shards(last=iteration)
         names = [shard.relative_to(self.run.path) for shard in shards]
@@ -363,7 +363,7 @@ class Loop:
             for point in resume_points(numbers, staleness)
         }
         for number in checkpoints_gone(numbers, rows, keep, staleness=staleness, needed=needed):
-            store.remove(f"checkpoints/{number:05d}")
+            store.remove(checkpoints.name_of(number).as_posix())
         ages = trace_ages(store.listing("traces"))
         for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
             store.remove(f"traces/iteration={old:05d}")
@@ -386,8 +386,3 @@ def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:
     _, high = wilson(round(newest["dev_pass1"] * newest["dev_problems"]), newest["dev_problems"])
     low, _ = wilson(round(best["dev_pass1"] * best["dev_problems"]), best["dev_problems"])
     return int(best["iteration"]) if high < low else default
-
-
-def checkpoint_name(iteration: int) -> Path:
-    """Of a checkpoint within the run, as executors take it: each node has its own path to the run."""
-    return checkpoints.path_of(Path("checkpoints"), iteration)

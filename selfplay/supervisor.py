@@ -321,40 +321,45 @@ class Supervisor:
         self._fleet.kill(number)
         jobs = [self._leases.pop(lease).job for lease in worker.leases]
         self.counts.leases_lost += len(jobs)
-        self.counts.restarts += 1
-        if cause is not Cause.NODE:
-            self.restarts_left -= 1
+        costs = cause is not Cause.NODE  # a node that leaves is no fault of the run's
         held = ", ".join(_name(job.order) for job in jobs) or "nothing"
         self._say(
             f"worker {number} lost ({cause.value}{': ' + detail if detail else ''}); it held {held}; "
-            f"{max(0, self.restarts_left)} restarts left"
+            f"{max(0, self.restarts_left - costs)} restarts left"
         )
-        if self.restarts_left < 0:
-            raise RunError(
-                f"workers keep dying and the budget cluster.restarts is used up, the last one since {cause.value} "
-                f"({detail or 'no further detail'}); see the lines above and Ray's logs, then `selfplay resume`"
+        if costs:
+            self.spend_restart(
+                f"workers keep dying, the last one since {cause.value} ({detail or 'no further detail'})"
             )
+        self.counts.restarts += 1
         for job in reversed(jobs):
             if cause in SUSPICIOUS and isinstance(job.order, Unit):
                 job.deaths += 1
             self._waiting.extendleft(reversed(self._cut(job)))
 
+    def spend_restart(self, why: str) -> None:
+        """Take one restart from the budget. Raises RunError, which begins with `why`, where none is left."""
+        if self.restarts_left == 0:
+            raise RunError(
+                f"{why}, and the budget cluster.restarts is used up; see the lines above and Ray's logs, then "
+                "`selfplay resume`"
+            )
+        self.restarts_left -= 1
+
     def _cut(self, job: Job) -> list[Job]:
         """The job itself, or its halves where it is suspected of killing."""
         if not isinstance(job.order, Unit) or job.deaths < (1 if job.exclusive else DEATHS_TOGETHER):
             return [job]
-        unit = job.order
-        if len(unit.problems) == 1:
-            return [Job(Alone(unit), job.whole, job.first, exclusive=True)]
-        self.counts.cut_units += 1
-        middle = len(unit.problems) // 2
-        self._say(f"{_name(unit)}: cut in half, a problem in it may end its workers")
-        pieces = (unit.problems[:middle], job.first), (unit.problems[middle:], job.first + middle)
+        unit, pieces = job.order, [(job.order.problems, job.first)]
+        if len(unit.problems) > 1:
+            self.counts.cut_units += 1
+            self._say(f"{_name(unit)}: cut in half, a problem in it may end its workers")
+            middle = len(unit.problems) // 2
+            pieces = [(unit.problems[:middle], job.first), (unit.problems[middle:], job.first + middle)]
+        parts = [(replace(unit, problems=problems), first) for problems, first in pieces]
         return [
-            Job(replace(unit, problems=problems), job.whole, first, exclusive=True)
-            if len(problems) > 1
-            else Job(Alone(replace(unit, problems=problems)), job.whole, first, exclusive=True)
-            for problems, first in pieces
+            Job(part if len(part.problems) > 1 else Alone(part), job.whole, first, exclusive=True)
+            for part, first in parts
         ]
 
     def _say(self, line: str) -> None:

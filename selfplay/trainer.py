@@ -165,7 +165,7 @@ class Trainer:
             return [trace for shard in shards for trace in iter_traces(shard)]
         if self._version is None:
             raise RuntimeError("save or restore a checkpoint before learning from reanalysed traces")
-        base = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), self._version))
+        base = on_this_node(self.store, checkpoints.name_of(self._version))
         weights = checkpoints.weights_digest(base)
         settings = self.learner.settings
         threads = settings.threads if self.learner.policy.device.type == "cpu" else 1
@@ -280,7 +280,7 @@ class Trainer:
         policy, optimizer = self._load(on_this_node(self.store, checkpoint))
         reference = None
         if self._has_kl:
-            first = on_this_node(self.store, checkpoints.path_of(Path("checkpoints"), 0))
+            first = on_this_node(self.store, checkpoints.name_of(0))
             reference = load_policy(first, device=self._device, dtype=model.dtype, attn=model.attention)
         self._learner = self._new_learner(policy, reference)
         if optimizer is not None:
@@ -297,8 +297,9 @@ class Trainer:
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         """Write the checkpoint of `iteration`; its folder. Raises CheckpointError, RunError."""
-        self._write(f"checkpoints/{iteration:05d}", iteration, {}, state)
-        checkpoint = self.store.pull(f"checkpoints/{iteration:05d}")
+        name = checkpoints.name_of(iteration).as_posix()
+        self._write(name, iteration, {}, state)
+        checkpoint = self.store.pull(name)
         self._base = identity(checkpoint)
         self._version = iteration
         return checkpoint

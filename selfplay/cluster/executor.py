@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from selfplay.cluster.gauges import Gauges
 from selfplay.cluster.learners import Learners
-from selfplay.cluster.nodes import Nodes, connect
+from selfplay.cluster.nodes import Nodes, connect, own_error
 from selfplay.cluster.proof import prove
 from selfplay.cluster.weights import Weights, publish
 from selfplay.cluster.workers import RayFleet
@@ -160,10 +160,11 @@ class RayExecutor:
         try:
             return Learned(ray.get(call))
         except RayTaskError as error:
-            if isinstance(error.cause, NonFiniteLoss | Interrupted):
-                self._phase = None
-                return Learned({}, error.cause)
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            own = own_error(error)
+            if not isinstance(own, NonFiniteLoss | Interrupted):
+                raise own from None
+            self._phase = None
+            return Learned({}, own)
         except RayError as error:
             self._revive(error)
             self._start()
@@ -171,32 +172,31 @@ class RayExecutor:
 
     def _revive(self, error: Exception) -> None:
         """Learners anew, on the checkpoint that the dead ones began from; within the budget of restarts."""
-        if self._supervisor.restarts_left <= 0:
-            raise RunError(
-                "learners keep dying and the budget cluster.restarts is used up; see Ray's logs, then `selfplay resume`"
-            ) from error
-        self._supervisor.restarts_left -= 1
+        cause = str(error).splitlines()[0][:160]
+        self._supervisor.spend_restart(f"learners keep dying, the last one since {cause}")
         self._supervisor.counts.restarts += 1
-        line = (
-            f"a learner died ({str(error).splitlines()[0][:160]}); it starts again from "
+        self._tell(
+            f"a learner died ({cause}); it starts again from "
             f"{'the beginning' if self._at is None else f'checkpoint {self._at.name}'} or what the phase saved since; "
             f"{self._supervisor.restarts_left} restarts left"
         )
-        self._tell(line)
         self._learners.restart()
         self._heard, self._started = None, time.monotonic()
         if (at := self._at) is not None:
             self._answer(lambda: self._learners.restore(at))
 
-    def _answer(self, call: Callable[[], Any]) -> Any:
-        """The result of a short learner call, made again where the learners die under it."""
+    def _answer(self, call: Callable[[], Any], before: Callable[[], Any] | None = None) -> Any:
+        """The result of a learner call, made again where the learners die under it: after `before`, where it needs
+        what they learned since their checkpoint."""
         while True:
             try:
                 return ray.get(call())
             except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
+                raise own_error(error) from None
             except RayError as error:
                 self._revive(error)
+                if before is not None:
+                    self._answer(before)
 
     def _show_progress(self) -> None:
         now = time.monotonic()
@@ -221,16 +221,7 @@ class RayExecutor:
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         """A learner that dies before its weights are saved takes them along: the phase is done again then."""
-        while True:
-            try:
-                path: Path = ray.get(self._learners.save(iteration, state))
-                break
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, Exception) else error) from None
-            except RayError as error:
-                self._revive(error)
-                if self._phase is not None:
-                    self._answer(self._phase)
+        path: Path = self._answer(lambda: self._learners.save(iteration, state), before=self._phase)
         self._at = Path("checkpoints") / path.name
         self._phase = None
         if self._config.cluster.by_turns:

@@ -64,6 +64,11 @@ def _own_workers(config: Config) -> int:
     return max(1, int((cores - cluster.learners * cluster.learner_cpus) // cluster.worker_cpus))
 
 
+def own_error(error: RayTaskError) -> Exception:
+    """What a call raised itself, without Ray's wrapping."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
 class Nodes:
     """Which nodes there are and how many workers they have room for."""
 
@@ -131,7 +136,7 @@ class Nodes:
                 try:
                     found[node] = (silent[node], ray.get(call, timeout=max(1.0, deadline - time.monotonic())))
                 except RayTaskError as error:
-                    found[node] = (silent[node], error.cause if isinstance(error.cause, Exception) else error)
+                    found[node] = (silent[node], own_error(error))
                 except RayError as error:
                     log.info("node %s gives no answer yet: %s", silent[node], error)
             unheard = [address for node, address in silent.items() if node not in found]

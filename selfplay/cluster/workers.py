@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from selfplay.cluster.actors import LIFE, WorkerActor
-from selfplay.cluster.nodes import Nodes
+from selfplay.cluster.nodes import Nodes, own_error
 from selfplay.cluster.weights import KEPT, Fetched, Weights
 from selfplay.config import Config
 from selfplay.fleet import (
@@ -182,7 +182,7 @@ class RayFleet:
         if worker not in self._members:
             return None  # it was given up, or another call told of its end already
         if isinstance(error, RayTaskError):
-            cause = error.cause if isinstance(error.cause, Exception) else error
+            cause = own_error(error)
             starting = self._members[worker].node is None
             if not (starting and isinstance(cause, RunError)):
                 return Raised(worker, cause)
