@@ -77,32 +77,6 @@ def write(
         ) from error
 
 
-def save(
-    checkpoints: Path, iteration: int, policy: Policy, optimizer: dict[str, Any] | None, state: dict[str, Any]
-) -> Path:
-    """`write` and name it, outside a run; its folder. An earlier one of that number is replaced. Raises
-    CheckpointError where it cannot be written; then nothing has changed."""
-    final = path_of(checkpoints, iteration)
-    building = checkpoints / f".{final.name}.new"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        _remove(building)
-        write(building, iteration, policy, optimizer, state)
-        if final.exists():  # left by a phase that is being done again
-            old = checkpoints / f".{final.name}.old"
-            _remove(old)
-            final.rename(old)
-            building.rename(final)
-            _remove(old)
-        else:
-            building.rename(final)
-        _sync(checkpoints)
-    except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {final} cannot be written: {error}") from error
-    return final
-
-
 def _reason(error: Exception) -> str:
     """In one line, as short as it comes."""
     strerror = getattr(error, "strerror", None)
@@ -214,10 +188,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, `state.json` first: a checkpoint that is half removed does not exist."""
-    (folder / STATE).unlink(missing_ok=True)
-    if folder.exists():
-        shutil.rmtree(folder)

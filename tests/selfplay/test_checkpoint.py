@@ -20,13 +20,20 @@ from selfplay.checkpoint import (
     load,
     path_of,
     read_state,
-    save,
     verify,
 )
 from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives import Sft
 from selfplay.optimizers import OptimizerSettings
 from tests.selfplay.learning import FakeTrace, random_tree, tiny_policy
+from tests.selfplay.places import held, save
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Of a run that is held."""
+    held(tmp_path)
+    return tmp_path / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +45,10 @@ def learner():
     return learner
 
 
-def test_what_was_saved_is_what_is_loaded(learner, tmp_path):
+def test_what_was_saved_is_what_is_loaded(learner, checkpoints):
     state = {"iteration": 3, "rng": [1, 2], "rates": {"a": 0.5}}
-    folder = save(tmp_path, 3, learner.policy, learner.state_dict(), state)
-    assert folder == path_of(tmp_path, 3) == tmp_path / "00003"
+    folder = save(checkpoints, 3, learner.policy, learner.state_dict(), state)
+    assert folder == path_of(checkpoints, 3) == checkpoints / "00003"
     assert {p.name for p in folder.iterdir()} == {"policy", "value_head.safetensors", "optimizer.pt", "state.json"}
     policy, optimizer, found = load(folder)
     assert found == state == read_state(folder)
@@ -54,18 +61,18 @@ def test_what_was_saved_is_what_is_loaded(learner, tmp_path):
     assert all(torch.equal(before[k]["exp_avg_sq"], after[k]["exp_avg_sq"]) for k in before)
 
 
-def test_the_policy_folder_loads_with_transformers_alone(learner, tmp_path):
+def test_the_policy_folder_loads_with_transformers_alone(learner, checkpoints):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = save(tmp_path, 0, learner.policy, None, {})
+    folder = save(checkpoints, 0, learner.policy, None, {})
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")
     ids = AutoTokenizer.from_pretrained(folder / "policy")("w5 w6", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(model(ids).logits, learner.policy.model(ids).logits)
 
 
-def test_every_damaged_or_missing_file_is_named(learner, tmp_path):
-    folder = save(tmp_path, 1, learner.policy, learner.state_dict(), {})
+def test_every_damaged_or_missing_file_is_named(learner, checkpoints):
+    folder = save(checkpoints, 1, learner.policy, learner.state_dict(), {})
     verify(folder)
     names = list(json.loads((folder / "state.json").read_text())["files"])
     assert {"policy/model.safetensors", "value_head.safetensors", "optimizer.pt"} <= set(names)
@@ -85,36 +92,36 @@ def test_every_damaged_or_missing_file_is_named(learner, tmp_path):
     verify(folder)
 
 
-def test_a_checkpoint_without_state_does_not_exist(learner, tmp_path):
-    save(tmp_path, 1, learner.policy, None, {})
-    save(tmp_path, 2, learner.policy, None, {})
-    assert latest(tmp_path) == 2
-    (path_of(tmp_path, 2) / "state.json").unlink()
-    assert latest(tmp_path) == 1
+def test_a_checkpoint_without_state_does_not_exist(learner, checkpoints):
+    save(checkpoints, 1, learner.policy, None, {})
+    save(checkpoints, 2, learner.policy, None, {})
+    assert latest(checkpoints) == 2
+    (path_of(checkpoints, 2) / "state.json").unlink()
+    assert latest(checkpoints) == 1
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        load(path_of(tmp_path, 2))
-    path_of(tmp_path, 1).joinpath("state.json").write_text("{", encoding="utf-8")
+        load(path_of(checkpoints, 2))
+    path_of(checkpoints, 1).joinpath("state.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
-        read_state(path_of(tmp_path, 1))
-    assert latest(tmp_path / "nowhere") is None
+        read_state(path_of(checkpoints, 1))
+    assert latest(checkpoints / "nowhere") is None
 
 
-def test_saving_again_replaces_the_checkpoint(learner, tmp_path):
-    save(tmp_path, 1, learner.policy, None, {"try": 1})
-    save(tmp_path, 1, learner.policy, None, {"try": 2})
-    assert read_state(path_of(tmp_path, 1)) == {"try": 2}
-    assert [p.name for p in tmp_path.iterdir()] == ["00001"]
+def test_saving_again_replaces_the_checkpoint(learner, checkpoints):
+    save(checkpoints, 1, learner.policy, None, {"try": 1})
+    save(checkpoints, 1, learner.policy, None, {"try": 2})
+    assert read_state(path_of(checkpoints, 1)) == {"try": 2}
+    assert [p.name for p in checkpoints.iterdir()] == ["00001"]
 
 
-def test_a_state_that_is_no_json_leaves_nothing_behind(learner, tmp_path):
+def test_a_state_that_is_no_json_leaves_nothing_behind(learner, checkpoints):
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save(tmp_path, 1, learner.policy, None, {"bad": object()})
-    assert latest(tmp_path) is None
-    assert list(tmp_path.iterdir()) == []
+        save(checkpoints, 1, learner.policy, None, {"bad": object()})
+    assert latest(checkpoints) is None
+    assert list(checkpoints.iterdir()) == []
 
 
-def test_an_optimizer_file_that_runs_code_is_refused(learner, tmp_path):
-    folder = save(tmp_path, 1, learner.policy, {"x": torch.zeros(1)}, {})
+def test_an_optimizer_file_that_runs_code_is_refused(learner, checkpoints):
+    folder = save(checkpoints, 1, learner.policy, {"x": torch.zeros(1)}, {})
     torch.save({"x": subprocess.Popen}, folder / "optimizer.pt")
     manifest = json.loads((folder / "state.json").read_text())
     del manifest["files"]["optimizer.pt"]
@@ -146,29 +153,29 @@ def dying(monkeypatch):
     return calls
 
 
-def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, tmp_path, dying):
+def test_death_at_any_moment_of_saving_leaves_whole_checkpoints_only(learner, checkpoints, dying):
     """The next save goes on from whatever was left."""
-    save(tmp_path, 1, learner.policy, None, {"try": 0})
+    save(checkpoints, 1, learner.policy, None, {"try": 0})
     for moment in itertools.count(1):
         dying["left"] = moment
         try:
-            save(tmp_path, 2, learner.policy, None, {"try": moment})
+            save(checkpoints, 2, learner.policy, None, {"try": moment})
         except Death:
             dying["left"] = -1
-            for number in existing(tmp_path):
-                verify(path_of(tmp_path, number))
-            assert read_state(path_of(tmp_path, 1)) == {"try": 0}
+            for number in existing(checkpoints):
+                verify(path_of(checkpoints, number))
+            assert read_state(path_of(checkpoints, 1)) == {"try": 0}
         else:
             break
     dying["left"] = -1
     assert moment > 20
-    assert read_state(path_of(tmp_path, 2)) == {"try": moment}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00001", "00002"]
+    assert read_state(path_of(checkpoints, 2)) == {"try": moment}
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["00001", "00002"]
 
 
 SAVER = """
 import itertools, pathlib, sys
-from selfplay.checkpoint import save
+from tests.selfplay.places import save
 from tests.selfplay.learning import tiny_policy
 policy = tiny_policy()
 print("ready", flush=True)
@@ -178,15 +185,15 @@ for number in itertools.count():
 
 
 @pytest.mark.slow
-def test_a_writer_that_was_killed_leaves_whole_checkpoints_only(tmp_path):
-    writer = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
+def test_a_writer_that_was_killed_leaves_whole_checkpoints_only(checkpoints):
+    writer = subprocess.Popen([sys.executable, "-c", SAVER, str(checkpoints)], stdout=subprocess.PIPE)
     assert writer.stdout is not None
     assert writer.stdout.readline() == b"ready\n"
     time.sleep(0.3)
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     writer.stdout.close()
-    for number in existing(tmp_path):
-        load(path_of(tmp_path, number))
-    save(tmp_path, 9, tiny_policy(), None, {})
-    assert latest(tmp_path) == 9
+    for number in existing(checkpoints):
+        load(path_of(checkpoints, number))
+    save(checkpoints, 9, tiny_policy(), None, {})
+    assert latest(checkpoints) == 9

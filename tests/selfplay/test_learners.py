@@ -20,7 +20,8 @@ from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.group import Group
 from selfplay.trainer import Trainer
 from tests.selfplay.groups import run_group
-from tests.selfplay.test_partial import Steps, held
+from tests.selfplay.places import held
+from tests.selfplay.test_partial import Steps
 from tests.selfplay.test_resume import ROOT
 from tests.selfplay.tiny_run import tiny_config
 

@@ -20,6 +20,7 @@ from selfplay.learner import Budget, Learner, LearnerSettings
 from selfplay.objectives.alphazero import AlphaZero
 from tests.models import FAMILIES, make_policy, save_model
 from tests.selfplay.learning import FakeTrace, random_tree
+from tests.selfplay.places import save
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 IDS = torch.arange(3, 19)[None]
@@ -110,7 +111,7 @@ def test_a_lora_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_pat
     lora.add(policy, str(base), LORA, seed=1)
     first = learner(policy)
     first.learn(1, traces, Budget(steps=2))
-    checkpoint.save(tmp_path / "checkpoints", 1, policy, first.state_dict(), {})
+    save(tmp_path / "checkpoints", 1, policy, first.state_dict(), {})
     first.learn(2, traces, Budget(steps=2))
     again, optimizer, _ = checkpoint.load(tmp_path / "checkpoints" / "00001", merge=False)
     second = learner(again)

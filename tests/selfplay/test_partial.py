@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import signal
@@ -18,10 +17,9 @@ from selfplay.config import Config
 from selfplay.errors import Interrupted
 from selfplay.group import Group
 from selfplay.shards import list_shards
-from selfplay.store import Place
-from selfplay.store_disk import epoch_folder
 from selfplay.trainer import Trainer
 from tests.selfplay.groups import run_group
+from tests.selfplay.places import held, save
 from tests.selfplay.test_resume import outcome, run_child, undisturbed  # noqa: F401
 from tests.selfplay.tiny_run import CONFIG, SAVED, tiny_config
 
@@ -40,15 +38,6 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_child("never", run)
     assert done.returncode == 0, done.stderr
     return run
-
-
-def held(run: Path) -> Place:
-    """A place for a driver of our own; the run need not exist."""
-    facts = run / "run.json"
-    place = Place(str(run), json.loads(facts.read_text())["id"] if facts.exists() else "test", 99)
-    epoch_folder(run, place.epoch).mkdir(parents=True, exist_ok=True)
-    (run / "checkpoints").mkdir(exist_ok=True)
-    return place
 
 
 class Steps:
@@ -143,7 +132,7 @@ def test_a_saved_state_of_another_phase_is_ignored_and_said_so(
     elif reason == "other weights":
         other = Trainer(config_of("adamw"), held(run))
         other.restore(checkpoint.path_of(run / "checkpoints", 1))
-        checkpoint.save(run / "checkpoints", 0, other.learner.policy, other.learner.state_dict(), {})
+        save(run / "checkpoints", 0, other.learner.policy, other.learner.state_dict(), {})
     elif reason == "other config":
         config = config_of("adamw", "learn.lr_scale=0.5")
     elif reason == "other group":

@@ -19,9 +19,10 @@ from selfplay.optimizers import OptimizerSettings
 from selfplay.trainer import Trainer
 from tests.selfplay.groups import run_group
 from tests.selfplay.learning import FakeTrace, random_tree, tiny_policy
+from tests.selfplay.places import held
 from tests.selfplay.test_group import CASES, learn
 from tests.selfplay.test_learner import examples
-from tests.selfplay.test_partial import Steps, held
+from tests.selfplay.test_partial import Steps
 from tests.selfplay.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
