@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from selfplay.disk import sync_path
+
 if TYPE_CHECKING:
     from mcts.engines.model import Policy
 
@@ -62,13 +64,13 @@ def write(
         names = _files(building)
         listed = {name: _entry(building / name) for name in names}
         for name in names:
-            _sync(building / name)
+            sync_path(building / name)
         with open(building / STATE, "w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "iteration": iteration, "state": state, "files": listed}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         for folder in sorted({(building / name).parent for name in [*names, STATE]}):
-            _sync(folder)
+            sync_path(folder)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:  # torch has no OSError of its own
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(
@@ -180,11 +182,3 @@ def _entry(path: Path) -> dict[str, Any]:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

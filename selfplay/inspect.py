@@ -18,10 +18,11 @@ from typing import Any, Final
 from rich.console import Group, RenderableType
 
 from mcts.types import SearchResult
+from selfplay.columns import project, select
 from selfplay.errors import UserError
 from selfplay.render_tables import play_table, sample_panel, trace_panel, trace_table, tree_table, value_table
 from selfplay.render_tree import draw_tree, node_q
-from selfplay.shards import iter_batches, iter_rows, list_shards, project, select
+from selfplay.shards import iter_batches, iter_rows, list_shards
 from selfplay.trace_stats import COLUMNS, TraceStats
 from selfplay.traces import unsigned
 from selfplay.tree_rows import Row, nodes_of

@@ -22,6 +22,8 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import ipc
 
+from selfplay.columns import pick, project, project_schema, select
+from selfplay.disk import sync_path
 from selfplay.schema import (
     MAX_BATCH_ROWS,
     SCHEMA,
@@ -131,7 +133,7 @@ def write_pending(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -146,15 +148,6 @@ def _file_metadata(metadata: Mapping[str, str], *, rows: int, batches: int) -> d
 
 def _metadata_digest(entries: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical_json(dict(entries)).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def commit(pending: Path, final: Path) -> bool:
@@ -185,7 +178,7 @@ def commit(pending: Path, final: Path) -> bool:
                 f"cannot commit {pending} as {final}: {error.strerror}; "
                 "keep the run folder on one file system that has hard links and space left"
             ) from error
-    _sync_folder(final.parent)
+    sync_path(final.parent)
     pending.unlink(missing_ok=True)
     return linked
 
@@ -266,67 +259,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     """File metadata of a shard, verified: `schema_version`, `run_id`, `config_hash`, `rows`, `batches`, ..."""
     with _open(path) as (reader, _, _):
         return {k.decode(): v.decode() for k, v in reader.schema.metadata.items()}
-
-
-def project(batch: pa.RecordBatch, columns: Iterable[str] | None) -> pa.RecordBatch:
-    """`batch` with only `columns`; `usage.sampled` or `nodes.depth` keeps a single field of a struct.
-
-    Raises KeyError for a column that the batch does not have.
-    """
-    if columns is None:
-        return batch
-    wanted = _wanted(batch.schema, columns)
-    arrays = [_pick(batch.column(name), fields) for name, fields in wanted.items()]
-    return pa.RecordBatch.from_arrays(arrays, names=list(wanted))
-
-
-def project_schema(schema: pa.Schema, columns: Iterable[str] | None) -> pa.Schema:
-    """The schema of `project`."""
-    empty = pa.RecordBatch.from_pylist([], schema=schema)
-    return project(empty, columns).schema
-
-
-def _wanted(schema: pa.Schema, columns: Iterable[str]) -> dict[str, list[str] | None]:
-    """Per top-level column, in the order of the file, the fields wanted (None: all)."""
-    fields: dict[str, list[str] | None] = {}
-    for column in columns:
-        name, _, field = column.partition(".")
-        if schema.get_field_index(name) < 0:
-            raise KeyError(f"no column {column} in the shard; it has {', '.join(schema.names)}")
-        known = fields.setdefault(name, [])
-        if known is not None:
-            fields[name] = None if not field else known if field in known else [*known, field]
-    return {name: fields[name] for name in schema.names if name in fields}
-
-
-def _pick(array: pa.Array, fields: list[str] | None) -> pa.Array:
-    """Only `fields` of a struct array or of a list of structs."""
-    if fields is None:
-        return array
-    is_list = pa.types.is_list(array.type)
-    items = array.flatten() if is_list else array
-    if not pa.types.is_struct(items.type):
-        raise KeyError(f"{array.type} has no fields; name the column alone")
-    try:
-        picked = [items.field(name) for name in fields]
-    except KeyError as error:
-        raise KeyError(f"no field {error.args[0]} in {items.type}") from error
-    struct = pa.StructArray.from_arrays(picked, names=fields)
-    if not is_list:
-        return struct
-    lengths = array.value_lengths().to_pylist()
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
-
-
-def select(batch: pa.RecordBatch, where: Predicate | None) -> pa.RecordBatch:
-    """The rows of `batch` that `where` admits; only the columns that it reads are made into Python values."""
-    if where is None:
-        return batch
-    rows = project(batch, where.columns or ["trace_id"]).to_pylist()
-    return batch.take(pa.array([i for i, row in enumerate(rows) if where(row)], pa.int64()))
 
 
 def iter_rows(path: Path, where: Predicate | None = None, columns: Iterable[str] | None = None) -> Iterator[Row]:
@@ -416,5 +348,5 @@ def content_digest(path: Path) -> str:
             usage = batch.column("usage")
             fields = [f.name for f in usage.type if f.name not in SECONDARY_USAGE]
             at = batch.schema.get_field_index("usage")
-            sha.update(batch_digest(batch.set_column(at, "usage", _pick(usage, fields))).encode())
+            sha.update(batch_digest(batch.set_column(at, "usage", pick(usage, fields))).encode())
     return sha.hexdigest()

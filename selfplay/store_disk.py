@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from selfplay.disk import sync_path
 from selfplay.shards import ShardExists
 from selfplay.shards import commit as commit_shard
 from selfplay.store import PENDING, Fenced, Place, RunError, Store, guard, unique
@@ -99,7 +100,7 @@ class DiskStore:
                 if final.exists():  # left by a phase that is being done again
                     os.rename(final, old)
                 os.rename(staged, final)
-                sync_folder(final.parent)
+                sync_path(final.parent)
         except BaseException:
             for leftover in (folder, staged):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -119,7 +120,7 @@ class DiskStore:
                         os.fsync(file.fileno())
                 os.replace(source, target)
                 if sync:
-                    sync_folder(target.parent)
+                    sync_path(target.parent)
             except BaseException:
                 with suppress(OSError):
                     source.unlink(missing_ok=True)
@@ -281,15 +282,6 @@ def _read(root: Path, name: str) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"cannot read {root / name}: {error}; restore it from a copy") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a new name in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hold(root: Path) -> IO[str]:

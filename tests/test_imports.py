@@ -32,7 +32,8 @@ MCTS_ROOMS: dict[str, set[str]] = {
 """What each room of mcts may import at run time, itself and its own files beside it."""
 
 SELFPLAY_FLOORS: dict[str, int] = {
-    "config": 0, "traces": 0, "shards": 1, "store": 2, "store_disk": 2, "s3": 2, "mirror": 2, "store_s3": 2,
+    "config": 0, "traces": 0, "columns": 0, "disk": 0,
+    "shards": 1, "store": 2, "store_disk": 2, "s3": 2, "mirror": 2, "store_s3": 2,
     "heartbeat": 3, "retention": 3, "run_folder": 4, "repair": 5, "packing": 2, "objectives": 3, "inspect": 3,
     "grade": 3, "learner": 4, "group": 4, "phase": 4, "sharded": 4, "partial": 4,
     "worker": 4, "evaluate": 4, "checkpoint": 4, "plan_model": 4, "prm_model": 0, "export": 5, "export_prm": 5,

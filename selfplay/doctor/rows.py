@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from mcts.types import Ended, Status
+from selfplay.columns import project
 from selfplay.doctor.findings import Fault
-from selfplay.shards import project
 from selfplay.traces import signed, trace_id, unsigned
 from selfplay.worker import stream_seed
 

@@ -87,7 +87,7 @@ def test_a_kill_between_any_two_steps_loses_and_doubles_nothing(
 
     pending, final = tmp_path / "pending" / "a.arrow", shard_path(tmp_path, 0, 0)
     rows = rows_of(2)
-    steps = [(os, "fsync"), (os, "replace"), (shards, "_sync_folder")]
+    steps = [(os, "fsync"), (os, "replace"), (shards, "sync_path")]
     for module, step in steps:  # killed while writing: nothing that a reader would take for a shard
         with monkeypatch.context() as patch:
             patch.setattr(module, step, kill)
@@ -95,7 +95,7 @@ def test_a_kill_between_any_two_steps_loses_and_doubles_nothing(
                 write_pending(pending, rows, METADATA)
         assert list_shards(tmp_path) == []
     write_pending(pending, rows, METADATA)
-    for module, step in [(os, "link"), (shards, "_sync_folder"), (Path, "unlink")]:  # killed while committing
+    for module, step in [(os, "link"), (shards, "sync_path"), (Path, "unlink")]:  # killed while committing
         with monkeypatch.context() as patch:
             patch.setattr(module, step, kill)
             with pytest.raises(Killed):
