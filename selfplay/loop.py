@@ -181,7 +181,7 @@ class Loop:
             "metrics": metrics,
             "seconds": {"learn_seconds": time.perf_counter() - began},
         }
-        self.executor.save(0, state)
+        self._save(0, state)
         self.learner_at = 0
 
     def _iterate(self, iteration: int) -> None:
@@ -221,9 +221,14 @@ class Loop:
                 **self.executor.costs(),
             },
         }
-        self.executor.save(iteration, state)
+        self._save(iteration, state)
         self.learner_at = self.learned = iteration
         self._evaluate(iteration)
+
+    def _save(self, iteration: int, state: dict[str, Any]) -> None:
+        """Have the learner write its checkpoint, and bring that here: the learner may be on another node."""
+        self.executor.save(iteration, state)
+        self.run.store.pull(checkpoints.name_of(iteration).as_posix())
 
     def _base(self, iteration: int) -> int:
         """The checkpoint that `iteration` starts from: the one before it, or the best on dev if that one collapsed."""

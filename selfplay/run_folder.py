@@ -44,7 +44,7 @@ class RunFolder:
         self.facts = facts
         self.path = store.root
         self._rows = read_metrics(store.pull("metrics.jsonl").parent)
-        """Kept by the one who writes them: a mirror may be behind."""
+        """Nobody else writes them while this driver holds the run."""
         self._heartbeat = Heartbeat(store)
 
     @classmethod

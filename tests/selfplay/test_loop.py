@@ -102,3 +102,28 @@ def test_play_runs_ahead_by_at_most_so_many_versions_and_drops_nothing(
     assert [row["problems"] for row in rows[1:]] == [24] * 4
     assert all(row["heldout_pass1"] is not None for row in rows)
     assert [row["staleness"] for row in rows[1:]] == [i - 1 - min(v) for i, v in expected.items()]
+
+
+class Elsewhere(InlineExecutor):
+    """The learner is on another node: what it saves is in object storage and not in the driver's mirror."""
+
+    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+        path = super().save(iteration, state)
+        for file in [p for p in path.rglob("*") if p.is_file()]:
+            self.trainer.store._mirror.forget(file.relative_to(self.trainer.store.root).as_posix())
+        assert not path.exists()
+        return path
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_no_row_is_lost_where_the_learner_is_on_another_node_than_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: str, every: int
+) -> None:
+    monkeypatch.setenv("SELFPLAY_CACHE", str(tmp_path))
+    config = tiny_config(f"evaluate.every={every}")
+    run = RunFolder.create(s3_url, config)
+    executor = Elsewhere(config, run.place)
+    rows = Loop(run, executor, lambda _: None).go()
+    executor.close()
+    run.close()
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
