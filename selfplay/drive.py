@@ -25,7 +25,7 @@ def drive(run: RunFolder) -> int:
     """The exit code: 0, or that of the signal which ended it (130, 143), after saving. Closes `run`."""
     state: State = "failed"
     rows: list[dict[str, Any]] = []
-    grace = Grace()
+    grace = Grace(run.config.cluster.grace_seconds)
     try:
         with ExitStack() as stack:
             board = TensorBoard(run.path / "tensorboard", purge_from=len(run.metrics()))
@@ -41,7 +41,7 @@ def drive(run: RunFolder) -> int:
                     run.store.push("tensorboard")
 
             loop = Loop(run, executor, both)
-            grace = stack.enter_context(graceful(loop, run.config.cluster.grace_seconds))
+            stack.enter_context(graceful(loop, grace))
             rows = loop.go()
         run.store.put("curve.png", draw_curve(rows))
         state = "ended"
@@ -55,6 +55,7 @@ def drive(run: RunFolder) -> int:
         return EXIT_CODES[number or signal.SIGINT]
     finally:
         run.close(state)
+        grace.over()
     _tell(run, rows)
     return 0
 

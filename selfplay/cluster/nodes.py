@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from typing import Any
 
@@ -18,6 +19,8 @@ from selfplay.run_folder import RunError
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 """Between two looks at which nodes there are."""
+REACH_SECONDS = 10.0
+"""How long the cluster's head may take to accept a connection."""
 ANSWER_SECONDS = 120.0
 """How long a node may take to answer whether it sees the run; a worker that starts there later looks again."""
 
@@ -38,6 +41,7 @@ def connect(config: Config) -> None:
             runtime_env={"env_vars": environment},
         )
         return
+    _reach(cluster.address)
     try:
         ray.init(
             address=cluster.address, log_to_driver=False, configure_logging=False, runtime_env={"env_vars": environment}
@@ -46,6 +50,22 @@ def connect(config: Config) -> None:
         raise RunError(
             f"cannot join the Ray cluster at {cluster.address}: {str(error).splitlines()[0]}; start it with "
             "`ray start`, or leave out --address to run on this machine alone"
+        ) from error
+
+
+def _reach(address: str) -> None:
+    """Raises RunError where nothing listens at HOST:PORT; Ray itself tries for minutes. Other forms are Ray's to
+    judge."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"nothing answers at {address} ({reason}): start the cluster with `ray start`, mend --address, or leave it "
+            "out to run on this machine alone"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selfplay.signals import Stopped, graceful
+from selfplay.signals import Grace, Stopped, graceful
 from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome
 from tests.selfplay.tiny_run import CONFIG
 
@@ -77,37 +78,56 @@ class Work:
         return self.busy
 
 
-def interrupted(work: Work, grace_seconds: float) -> None:
+def interrupted(work: Work, grace: Grace) -> None:
     """SIGTERM, then a long wait that only an exception ends."""
-    with graceful(work, grace_seconds):
-        signal.raise_signal(signal.SIGTERM)
-        while True:
-            signal.pause()
+    try:
+        with graceful(work, grace):
+            signal.raise_signal(signal.SIGTERM)
+            while True:
+                signal.pause()
+    finally:
+        grace.over()
 
 
 def test_what_has_nothing_to_save_ends_at_once() -> None:
     with pytest.raises(Stopped) as caught:
-        interrupted(Work(busy=False), 60.0)
+        interrupted(Work(busy=False), Grace(60.0))
     assert caught.value.number == signal.SIGTERM
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    work = Work(busy=True)
-    with graceful(work, 60.0) as grace:
+    work, grace = Work(busy=True), Grace(60.0)
+    with graceful(work, grace):
         signal.raise_signal(signal.SIGINT)
         assert (grace.asked, work.asked) == (signal.SIGINT, 1)
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)
+    grace.over()
 
 
-def test_the_grace_time_ends() -> None:
+def test_work_is_interrupted_before_the_grace_time_ends() -> None:
     with pytest.raises(Stopped) as caught:
-        interrupted(Work(busy=True), 0.05)
+        interrupted(Work(busy=True), Grace(0.1))
     assert caught.value.number == signal.SIGTERM
+
+
+def test_a_process_that_hangs_where_no_exception_reaches_it_ends_with_the_grace_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left: queue.SimpleQueue[int] = queue.SimpleQueue()
+    grace = Grace(0.05, leave=left.put)
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        grace.begin(signal.SIGTERM)
+        assert left.get(timeout=60.0) == 143
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert "the grace time is over" in capsys.readouterr().err
 
 
 def test_the_signals_are_as_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with graceful(Work(busy=True), 60.0):
+    with graceful(Work(busy=True), Grace(60.0)):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from selfplay import cli
+from selfplay.cluster.nodes import connect
 from selfplay.run_folder import RunError, read_metrics
 from tests.models import make_policy, save_model
-from tests.selfplay.tiny_run import CONFIG
+from tests.selfplay.tiny_run import CONFIG, tiny_config
 from tests.selfplay.trace_samples import small_run
 
 Told = Callable[..., tuple[int, str]]
@@ -247,3 +248,8 @@ def test_a_seed_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: 
                 cli.main()
             assert ended.value.code == 2
             assert "'--seed'" in capfd.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
+    with pytest.raises(RunError, match=r"nothing answers at 127\.0\.0\.1:1 "):
+        connect(tiny_config("cluster={executor: ray, address: '127.0.0.1:1'}"))
