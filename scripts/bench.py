@@ -32,6 +32,8 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ("task.numbers=5", "task.train_sets=16")
 """Few sets: every play of each is enumerated to find its problems, which takes a tenth of a second and more."""
+WIDER = (384, 768)
+WIDER_WARMUP = 20
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -74,6 +76,12 @@ def main() -> None:
         say("time outside the model during search")
         found, rate = bench_play.measure(subject, clock, problems=192 if quick else 2048)
         rows += found
+        for width in () if quick else WIDER:
+            say(f"the same with a model {width} wide")
+            overrides = (f"model.fresh.width={width}", f"model.fresh.intermediate={3 * width}")
+            wider = bench_subject.fresh(arguments.config, folder / f"wide-{width}", WIDER_WARMUP, overrides)
+            rows.append(bench_play.measure_wider(wider, clock, problems=256))
+            rows.append(bench_train.measure_shape("gsm8k", wider, clock, trees=8, rounds=3))
         say("training on trees and on their paths")
         searches, rounds = (16, 2) if quick else (64, 9)
         rows.extend(bench_train.measure("3 numbers", subject, clock, searches=searches, rounds=rounds))
@@ -82,6 +90,7 @@ def main() -> None:
         else:
             five = bench_subject.fresh(arguments.config, folder / "five", warmup, FIVE)
         rows.extend(bench_train.measure("5 numbers", five, clock, searches=searches, rounds=rounds))
+        rows.append(bench_train.measure_shape("gsm8k", subject, clock, trees=searches, rounds=rounds))
         say("traces per second with one and two workers")
         units, unit = (4, 32) if quick else (16, subject.config.play.unit)
         rows += bench_play.measure_workers(subject, folder, rate, units=units, unit=unit)

@@ -40,7 +40,9 @@ SHAPES = {
     "countdown3": {"prompt": 7, "tokens": 8, "nodes": 24, "depth": 2, "width": 6},
     "countdown4": {"prompt": 8, "tokens": 9, "nodes": 48, "depth": 3, "width": 5},
     "countdown5": {"prompt": 9, "tokens": 10, "nodes": 96, "depth": 4, "width": 4},
+    "gsm8k": {"prompt": 64, "tokens": 24, "nodes": 32, "depth": 5, "width": 3},
 }
+"""In tokens and nodes. GSM8K: a question of 64 tokens without examples, five lines of 24 tokens as an answer."""
 
 
 def tree_of(

@@ -138,6 +138,26 @@ def measure(subject: Subject, clock: Clock, *, problems: int) -> tuple[list[Row]
     return rows, rate
 
 
+def measure_wider(subject: Subject, clock: Clock, *, problems: int) -> Row:
+    """Time outside a wider model, during MCTS: what is outside hardly depends on the model, what is inside does."""
+    engine = subject.engine(clock)
+    chosen = subject.problems(problems)
+    search = mcts_search(subject.config)
+    run_searches(subject, engine, search, chosen[: max(16, problems // 8)])
+    played = timed(subject, engine, search, chosen, clock, model_places(engine))
+    model = subject.policy(subject.config.model.attention).model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Row(
+        f"time outside model, MCTS, {parameters / 1e6:.1f}M parameters",
+        played.seconds - played.parts[MODEL],
+        played.seconds,
+        "s",
+        "whole",
+        at_most=0.1,
+        details={"parameters": parameters, "tokens_per_second": played.drawn / played.seconds},
+    )
+
+
 def traces_per_second(subject: Subject, folder: Path, workers: int, units: int, unit: int) -> float:
     """Traces per second of wall time through Ray, from the first enqueued search to the last committed shard."""
     cluster = subject.config.cluster.model_copy(update={"executor": "ray", "workers": workers})

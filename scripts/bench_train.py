@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from bench_learner import SHAPES, tree_of
 from bench_play import episodes, mcts_search, run_searches
 from bench_rows import Row
 from bench_subject import Subject
@@ -14,12 +15,14 @@ from bench_subject import Subject
 from mcts.engines.model import Policy
 from selfplay.config import SearchConfig
 from selfplay.cutting import split_paths
-from selfplay.forward import batches, check_kernels, forward
+from selfplay.forward import batches, check_kernels, fit, forward
 from selfplay.items import ValueRule, from_tree, policy_groups, value_labels, winners
 from selfplay.objectives.loss import Coefficients, Totals, composite_loss
 from selfplay.packing import NO_TOKEN, Item, pack
 
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)
+LONGEST = 4096
+"""Tokens of a row; a learner takes the engine's longest context."""
 
 
 def items_of(subject: Subject, clock: Callable[[], float], search: SearchConfig, searches: int) -> list[Item]:
@@ -68,14 +71,30 @@ def measure(name: str, subject: Subject, clock: Callable[[], float], *, searches
     ]
 
 
+def measure_shape(shape: str, subject: Subject, clock: Callable[[], float], *, trees: int, rounds: int) -> Row:
+    """Trees of random tokens in one of `bench_learner`'s shapes: the model's speed depends on the shape alone."""
+    rng = np.random.default_rng(0)
+    words = len(subject.task.vocabulary())
+    drawn = [tree_of(rng, **SHAPES[shape], words=words) for _ in range(trees)]
+    found = [
+        from_tree(tree, wins=winners(tree), groups=policy_groups(tree), values=value_labels(tree, ValueRule.MEAN))
+        for tree in drawn
+    ]
+    items = [item for item in found if item is not None]
+    parameters = sum(p.numel() for p in subject.policy(subject.config.model.attention).model.parameters())
+    name = f"tree training, {shape}'s shape, {parameters / 1e6:.1f}M parameters"
+    return _measure(name, subject, items, clock, rounds)
+
+
 def _measure(name: str, subject: Subject, trees: list[Item], clock: Callable[[], float], rounds: int) -> Row:
     """Trees as the config's learner trains them, against the faster of two ways to train their paths: packed like
     the trees, or one row per path under the model's own causal mask."""
-    paths = [split_paths(item) for item in trees]
+    useful, paths = sum(map(len, trees)), [split_paths(item) for item in trees]
     policy = subject.policy(subject.config.model.attention)
     learn = subject.config.learn
     low, tokens = learn.precision != "float32", learn.batch_tokens
     kernels = not low and check_kernels(policy)
+    trees = fit(trees, LONGEST, row_length=int(policy.model.config.hidden_size))
     exact = gradient(policy, lambda: train(policy, trees, tokens, low=False))
     by_path = gradient(policy, lambda: train(policy, paths, tokens, low=False))
     by_row = gradient(policy, lambda: train(policy, paths, tokens, low=False, tree_mask=False))
@@ -91,7 +110,6 @@ def _measure(name: str, subject: Subject, trees: list[Item], clock: Callable[[],
             work()
             if turn:  # the first turn warms up
                 seconds[way].append(clock() - began)
-    useful = sum(map(len, trees))
     rates = {way: useful / median(spent) for way, spent in seconds.items()}
     baseline = max(list(rates)[1:], key=lambda way: rates[way])
     norm = exact.norm()

@@ -248,7 +248,7 @@ class ExampleEncoder:
         tokenizer: Any,
         encode_prompt: Encode | None = None,
         *,
-        cache: int = 100_000,
+        cache: int = 20_000,
         turn_end: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:

@@ -25,6 +25,7 @@ ROWS = [
     "tree training, 3 numbers, episodes",
     "tree training, 5 numbers, first win",
     "tree training, 5 numbers, episodes",
+    "tree training, gsm8k's shape, 0.2M parameters",
     "traces committed, 1 worker",
     "traces committed, 2 workers",
     "driver, 1,000 simulated workers",
