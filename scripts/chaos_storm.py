@@ -132,7 +132,7 @@ class Storm:
 
         if then_resume:
             self.job.end()
-            self.resume_later(None)
+            self.resume_later(self._ending)  # it may have been asked to end, and was not through with it
         self.later(self.random.uniform(*REPLACE_SECONDS), join)
 
     def ask_to_end(self, fault: Fault) -> None:

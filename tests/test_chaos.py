@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -241,6 +242,28 @@ def storm_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, **option
     }  # fmt: skip
     log = open(tmp_path / "chaos.log", "w", encoding="utf-8")  # noqa: SIM115 - closed with the test's process
     return Storm(Options(**(chosen | options)), tmp_path, 0, log), log
+
+
+def test_a_driver_that_was_asked_to_end_and_dies_with_its_node_counts_as_repaired_once_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chaos_faults import Fault
+
+    storm, log = storm_of(tmp_path, monkeypatch, "")
+    with log:
+        node = SimpleNamespace(name="node-2", connected=True)
+        storm.cluster = SimpleNamespace(living=[node], start_node=lambda: (node, None))
+        storm.job = SimpleNamespace(
+            running=True, starts=1, node=node, end=lambda: None, send=lambda _: None, start=lambda _: None
+        )
+        fault = Fault("term", 0.0, "learn")
+        storm.ask_to_end(fault)
+        storm.job.running = False
+        storm.replace_later(None, then_resume=True)
+        for _, _, action in sorted(storm._agenda):
+            action()
+    assert fault.repaired is not None
+    assert not fault.stuck
 
 
 @pytest.mark.cluster
