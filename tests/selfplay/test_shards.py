@@ -68,7 +68,8 @@ def described(fields: Any) -> str:
 def test_names_types_and_nullability_are_those_of_the_public_format() -> None:
     assert described(SCHEMA) == " ".join(ROW_FIELDS.split())
     assert described(SCHEMA.field("nodes").type.value_type) == " ".join(NODE_FIELDS.split())
-    usage = "sampled int64, discarded int64, prompt int64, cached int64, scored int64, calls int64"
+    usage = "sampled int64, discarded int64, prompt int64, cached int64, scored int64, calls int64, "
+    usage += "uncounted_calls? int64, uncounted_tokens? int64"
     assert described(SCHEMA.field("usage").type) == usage
 
 
@@ -82,7 +83,7 @@ def test_a_shard_has_its_metadata_small_batches_and_compression(tmp_path: Path) 
         _, custom = reader.get_batch_with_custom_metadata(1)
         assert custom[b"sha256"].decode() == batch_digest(reader.get_batch(1))
     assert (metadata[b"schema_version"], metadata[b"run_id"], metadata[b"config_hash"]) == (
-        b"1.0",
+        b"1.1",
         b"run-1",
         b"c0ffee",
     )
@@ -252,7 +253,7 @@ def test_a_minor_version_with_unknown_columns_is_read(tmp_path: Path) -> None:
 def test_another_major_version_is_refused(tmp_path: Path) -> None:
     write_pending(tmp_path / "a.arrow", rows_of(3), METADATA)
     rewrite(tmp_path / "a.arrow", tmp_path / "b.arrow", metadata={"schema_version": "2.0"})
-    with pytest.raises(ShardError, match=r"schema 2\.0, this version reads 1\.0; read it with"):
+    with pytest.raises(ShardError, match=r"schema 2\.0, this version reads 1\.1; read it with"):
         read_shard(tmp_path / "b.arrow")
 
 
