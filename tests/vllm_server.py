@@ -56,7 +56,8 @@ class Server:
         command = [
             VLLM, "serve", str(folder), "--served-model-name", NAME, "--dtype", "float32", "--max-model-len",
             str(CONTEXT), "--block-size", str(BLOCK), "--enforce-eager", "--enable-prefix-caching",
-            "--enable-prompt-tokens-details", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(self.port),
+            "--enable-prompt-tokens-details", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port",
+            str(self.port),
         ]  # fmt: skip
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -82,8 +83,6 @@ class Server:
             os.killpg(pid, signal.SIGKILL)
             select.select([ended], [], [], 60.0)
             os.close(ended)
-        with suppress(ChildProcessError):
-            os.waitpid(pid, 0)
 
 
 def make_server(folder: Path) -> Server:
@@ -122,6 +121,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield Served(server, folder / "a", folder / "b")
     finally:
         server.stop()
+        process.wait()
 
 
 if __name__ == "__main__":

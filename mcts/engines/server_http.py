@@ -161,7 +161,7 @@ class Client:
             return 0
         call.cancelled = True
         call.abort("cancelled")
-        return call.broken + (call in self._running)
+        return call.broken + (call in self._running and call.connection is not None)
 
     def poll(self, wait: float) -> list[Answer]:
         """Answers that came. Blocks at most `wait` seconds, and not at all where no call is open."""

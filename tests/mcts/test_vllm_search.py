@@ -43,8 +43,8 @@ def played(vllm: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
     data = str(GSM8K) if GSM8K.exists() else gsm8k_folder(tmp_path_factory.mktemp("data"))
     task = load_task("gsm8k", path=data, chat=True, max_steps=6, max_step_tokens=24)
     engine = ServerEngine(
-        Client(vllm.server.url, Patience(in_flight=64, down=30.0)), Service(NAME), Text(vllm.a, task.delimiter), context=CONTEXT,
-        value=LocalValue(vllm.a), reload=VLLM,
+        Client(vllm.server.url, Patience(in_flight=64, down=30.0)), Service(NAME), Text(vllm.a, task.delimiter),
+        context=CONTEXT, value=LocalValue(vllm.a), reload=VLLM,
     )  # fmt: skip
     engine.load(str(vllm.a), 0)
     before = generated(vllm.server.url)
