@@ -84,6 +84,14 @@ def test_a_server_engine_without_its_section_is_refused(server: FakeServer) -> N
         parse_config(text, ["engine.server=null"])
 
 
+def test_a_server_is_never_asked_for_two_versions_at_once(server: FakeServer) -> None:
+    """Workers share it: one that loads the next version would change the weights under the others' searches."""
+    from selfplay.config import ConfigError, parse_config
+
+    with pytest.raises(ConfigError, match="a server serves one"):
+        parse_config(served_config(server).to_yaml(), ["play.max_staleness=1"])
+
+
 def test_a_missing_key_is_named_by_its_variable(
     server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
