@@ -59,6 +59,8 @@ def check(run: Path, launched: subprocess.CompletedProcess[str]) -> None:
         assert row["logprob_gap"] < 1e-3, "what was drawn are not the odds of the version that the rows name"
         shards = list_shards(run, first=row["iteration"], last=row["iteration"])
         assert {trace.policy_version for shard in shards for trace in iter_traces(shard)} == {version}
+    weights = [(run / "checkpoints" / f"{v:05d}" / "policy" / "model.safetensors").read_bytes() for v in VERSIONS]
+    assert weights[0] != weights[1]
     doctor = selfplay("doctor", str(run))
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr
     summary = json.loads(selfplay("inspect", str(run), "--json").stdout)["summary"]
