@@ -17,6 +17,10 @@ class Usage:
     cached: int = 0
     scored: int = 0
     calls: int = 0
+    uncounted_calls: int = 0
+    """Calls to a server whose drawn tokens are not in `sampled`, because it never said how many they were."""
+    uncounted_tokens: int = 0
+    """The most that these can have drawn."""
 
     def add(self, other: Usage) -> None:
         """Add the numbers of `other` to these."""

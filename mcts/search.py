@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 from mcts.context import Search, SearchContext, Strategy
@@ -168,6 +168,8 @@ class Driver:
         usage.prompt += reply.prompt
         usage.cached += reply.cached
         usage.calls += 1
+        usage.uncounted_calls += reply.uncounted_calls
+        usage.uncounted_tokens += reply.uncounted_tokens
         live.replies[slot] = _without_cut(live, reply) if cut else reply
         live.waiting -= 1
         if live.waiting == 0:
@@ -291,7 +293,7 @@ def _without_cut(live: _Live, reply: Reply) -> Reply:
             live.ctx.usage.discarded += len(step.token_ids)
         else:
             kept.append(step)
-    return Reply(reply.request, tuple(kept), reply.prefix_value, reply.prompt, reply.cached, reply.error)
+    return replace(reply, steps=tuple(kept))
 
 
 def _settings(search: Search, engine: str) -> Mapping[str, Any]:

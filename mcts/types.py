@@ -162,6 +162,10 @@ class Reply:
     """Prefix tokens whose keys and values were already there."""
     error: str | None = None
     """Set if the engine gave up on the request; then `steps` is empty."""
+    uncounted_calls: int = 0
+    """Calls to a server whose drawn tokens are not in `steps`: cut off, timed out, refused or dropped."""
+    uncounted_tokens: int = 0
+    """The most that these can have drawn; the server never says how many it did."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

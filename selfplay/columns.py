@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from selfplay.where import Predicate
 
@@ -25,6 +26,13 @@ def project_schema(schema: pa.Schema, columns: Iterable[str] | None) -> pa.Schem
     """The schema of `project`."""
     empty = pa.RecordBatch.from_pylist([], schema=schema)
     return project(empty, columns).schema
+
+
+def usage_total(usage: pa.StructArray, field: str) -> int:
+    """Sum of a field of the column `usage`; 0 where the shard is older than the field."""
+    if usage.type.get_field_index(field) < 0:
+        return 0
+    return int(pc.sum(usage.field(field)).as_py() or 0)
 
 
 def _wanted(schema: pa.Schema, columns: Iterable[str]) -> dict[str, list[str] | None]:

@@ -198,6 +198,14 @@ class Config(Section):
             raise ValueError("cluster.by_turns alternates and play.max_staleness overlaps: leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _a_server_serves_one_version(self) -> Config:
+        if self.engine.kind == "server" and self.play.max_staleness:
+            raise ValueError(
+                "play.max_staleness plays with several versions at once and a server serves one: set it to 0"
+            )
+        return self
+
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""

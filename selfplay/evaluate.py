@@ -38,6 +38,8 @@ class Line:
     """Searches that could not be done at all."""
     why: str | None = None
     """What the first of them said."""
+    uncounted: int = 0
+    """Tokens at most, on top of `sampled`, that a server drew and never told of."""
 
     def data(self) -> dict[str, Any]:
         low, high = wilson(self.won, self.problems)
@@ -50,6 +52,7 @@ class Line:
             "high": high,
             "tokens_per_problem": self.sampled / self.problems,
             "tokens_per_win": self.sampled / self.won if self.won else None,
+            "uncounted_tokens": self.uncounted,
             "seconds": self.seconds,
             "oracle": self.oracle,
             "failed": self.failed,
@@ -169,11 +172,14 @@ def evaluate_model(
                 any(a.oracle for a in answers),
                 sum(a.failed is not None for a in answers),
                 next((a.failed for a in answers if a.failed is not None), None),
+                sum(a.uncounted for a in answers),
             )
             if line.failed == line.problems:
                 raise UserError(f"{strategy}: no search could be done: {line.why}")
             if line.failed:
                 progress(f"{strategy}: {line.failed} searches failed and count as not won: {line.why}")
+            if line.uncounted:
+                progress(f"{strategy}: up to {line.uncounted} more tokens in calls whose cost the server did not tell")
             lines.append(line)
             progress(f"{strategy} at {budget} tokens: {100 * line.won / line.problems:.1f}%")
     return Report(model, tuple(lines))

@@ -32,9 +32,11 @@ def _share(part: float | None) -> str:
 
 
 def play_table(summary: Sequence[dict[str, Any]]) -> Table:
-    """What was played and won, per iteration."""
+    """What was played and won, per iteration. Where calls to a server never said what they drew, `uncounted` is the
+    most that it can have been; it comes on top of `tokens`."""
     names = ["iter", "policy", "searches", "problems", "solved", "wins", "tokens", "tokens/win"]
-    table = _table("Play", names)
+    uncounted = any(row["uncounted_calls"] for row in summary)
+    table = _table("Play", [*names, "uncounted"] if uncounted else names)
     for row in summary:
         table.add_row(
             str(row["iteration"]),
@@ -45,6 +47,7 @@ def play_table(summary: Sequence[dict[str, Any]]) -> Table:
             str(row["wins"]),
             str(row["sampled_tokens"]),
             figure(row["tokens_per_win"], 0),
+            *([f"≤ {row['uncounted_tokens']}"] if uncounted else []),
         )
     return table
 
@@ -118,7 +121,7 @@ def _facts(trace: dict[str, Any]) -> Table:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    usage = ", ".join(f"{name} {count}" for name, count in trace["usage"].items())
+    usage = ", ".join(f"{name} {count}" for name, count in trace["usage"].items() if count is not None)
     lines = [
         ("prompt", visible_lines(trace["prompt"])),
         ("reference", trace["reference"]),

@@ -27,12 +27,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SCHEMA_VERSION: Final = "1.0"
+SCHEMA_VERSION: Final = "1.1"
 MAX_BATCH_ROWS: Final = 64
 
 SECONDARY: Final = ("seconds",)
 """Columns that are not content (DESIGN.md, promise 2)."""
-SECONDARY_USAGE: Final = ("prompt", "cached", "calls")
+SECONDARY_USAGE: Final = ("prompt", "cached", "calls", "uncounted_calls", "uncounted_tokens")
 """Fields of `usage` that are not content."""
 
 
@@ -42,8 +42,13 @@ def _field(name: str, type_: pa.DataType) -> pa.Field:
 
 
 USAGE: Final = pa.struct(
-    [_field(name, pa.int64()) for name in ("sampled", "discarded", "prompt", "cached", "scored", "calls")]
-)
+    [
+        _field(name, pa.int64())
+        for name in (
+            "sampled", "discarded", "prompt", "cached", "scored", "calls", "uncounted_calls?", "uncounted_tokens?",
+        )
+    ]
+)  # fmt: skip
 
 NODE: Final = pa.struct(
     [

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from selfplay.columns import usage_total
 from selfplay.shards import iter_batches
 
 
@@ -23,6 +24,9 @@ class PlaySummary:
     prompt: int = 0
     cached: int = 0
     discarded: int = 0
+    uncounted_calls: int = 0
+    uncounted_tokens: int = 0
+    """At most (mcts.budget.Usage)."""
     errors: int = 0
     """Searches whose verifier timed out or failed."""
     failed: int = 0
@@ -52,6 +56,8 @@ class PlaySummary:
             "problems": searches,
             "solved": self.solved / searches if searches else None,
             "sampled_tokens": self.sampled,
+            "uncounted_calls": self.uncounted_calls,
+            "uncounted_tokens": self.uncounted_tokens,
             "tokens_per_win": self.sampled / self.solved if self.solved else None,
             "prefix_reuse": self.cached / needed if needed else None,
             "verifier_errors": self.errors,
@@ -85,11 +91,8 @@ def summarise_shards(shards: Iterable[Path]) -> PlaySummary:
             failures = [why for why in batch["error"].to_pylist() if why is not None]
             total.failed += len(failures)
             total.failure = total.failure or next(iter(failures), None)
-            usage = batch["usage"]
-            for name in ("sampled", "prompt", "cached", "discarded"):
-                setattr(
-                    total, name, getattr(total, name) + int(np.sum(usage.field(name).to_numpy(zero_copy_only=False)))
-                )
+            for name in ("sampled", "prompt", "cached", "discarded", "uncounted_calls", "uncounted_tokens"):
+                setattr(total, name, getattr(total, name) + usage_total(batch["usage"], name))
             nodes = batch["nodes"]
             flat = nodes.flatten()
             draws = flat.field("draws").to_numpy(zero_copy_only=False)

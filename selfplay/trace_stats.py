@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mcts.types import Status
+from selfplay.columns import usage_total
 from selfplay.stats import auc
 
 COLUMNS: Final = (
@@ -24,8 +25,7 @@ COLUMNS: Final = (
     "policy_version",
     "verdict",
     "ended",
-    "usage.sampled",
-    "usage.discarded",
+    "usage",
     *(f"nodes.{name}" for name in ("parent", "depth", "draws", "raw_value", "reward", "verdict", "terminal")),
 )
 """What `TraceStats.add` reads of a batch."""
@@ -106,6 +106,9 @@ class IterationStats:
     searches: int = 0
     sampled: int = 0
     discarded: int = 0
+    uncounted_calls: int = 0
+    uncounted_tokens: int = 0
+    """At most (mcts.budget.Usage)."""
     nodes: int = 0
     steps: int = 0
     """Nodes but the roots."""
@@ -129,6 +132,8 @@ class IterationStats:
             "wins": wins,
             "sampled_tokens": self.sampled,
             "discarded_tokens": self.discarded,
+            "uncounted_calls": self.uncounted_calls,
+            "uncounted_tokens": self.uncounted_tokens,
             "tokens_per_win": self.sampled / wins if wins else None,
             "nodes": _ratio(self.nodes, self.searches),
             "depth": _ratio(self.depth, self.searches),
@@ -227,5 +232,5 @@ class TraceStats:
         stats.solved.update(p for p, verdict in zip(problems, verdicts, strict=True) if verdict == Status.CORRECT.value)
         stats.verdicts.update("none" if verdict is None else verdict for verdict in verdicts)
         stats.ended.update(batch.column("ended").to_pylist())
-        stats.sampled += sum(usage.field("sampled").to_pylist())
-        stats.discarded += sum(usage.field("discarded").to_pylist())
+        for name in ("sampled", "discarded", "uncounted_calls", "uncounted_tokens"):
+            setattr(stats, name, getattr(stats, name) + usage_total(usage, name))

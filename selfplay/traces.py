@@ -124,6 +124,8 @@ def to_row(result: SearchResult, context: TraceContext) -> Row:
             "cached": usage.cached,
             "scored": usage.scored,
             "calls": usage.calls,
+            "uncounted_calls": usage.uncounted_calls,
+            "uncounted_tokens": usage.uncounted_tokens,
         },
         "seconds": float(result.seconds),
         "nodes": nodes_of(tree),
@@ -206,7 +208,7 @@ class Trace:
 
     @cached_property
     def usage(self) -> Usage:
-        return Usage(**_read(self.row, "usage"))
+        return Usage(**{name: count for name, count in _read(self.row, "usage").items() if count is not None})
 
     @cached_property
     def tree(self) -> Tree:

@@ -85,6 +85,8 @@ class Answered:
     failed: str | None
     """Why the search gave no answer at all, None where it did its work."""
     seconds: float
+    uncounted: int = 0
+    """Tokens at most that a server drew and never told of (mcts.budget.Usage)."""
 
 
 def stream_seed(*key: object) -> int:
@@ -276,6 +278,7 @@ def summarise(result: SearchResult) -> Answered:
         distinct_steps=len(tree) - 1,
         failed=result.error,
         seconds=result.seconds,
+        uncounted=result.usage.uncounted_tokens,
     )
 
 

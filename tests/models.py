@@ -118,7 +118,9 @@ def make_bpe_policy(
     return make_policy(family, seed, head, scale, tok=bpe_tokenizer(), **sizes)
 
 
-def config(family: str, vocabulary: int, width: int = 32, layers: int = 2, context: int = 256) -> PreTrainedConfig:
+def config(
+    family: str, vocabulary: int, width: int = 32, layers: int = 2, context: int = 256, tied: bool = True
+) -> PreTrainedConfig:
     """The configuration of a tiny model of one of FAMILIES; the Qwen ones and Llama share KV heads among queries."""
     if family == "gpt2":
         return GPT2Config(
@@ -129,7 +131,7 @@ def config(family: str, vocabulary: int, width: int = 32, layers: int = 2, conte
     extra: dict[str, Any] = {"head_dim": width // 4} if family == "qwen3" else {}
     return kind(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=tied,
         bos_token_id=None, eos_token_id=1, pad_token_id=0, **extra,
     )  # fmt: skip
 

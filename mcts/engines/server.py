@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mcts.engines.base import EngineFull
-from mcts.engines.server_http import Client, Failure
-from mcts.engines.server_protocol import Asked, Drew, Omission, payload, read
+from mcts.engines.server_asked import Asked, Begun, Omission
+from mcts.engines.server_http import Answer, Client, Failure
+from mcts.engines.server_protocol import payload, read
 from mcts.engines.server_text import Text
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.engines.server_weights import Reload, Weights
@@ -42,9 +43,39 @@ class Service:
 
 @dataclass(slots=True)
 class _Active:
+    """A request under way and its calls, by number; `open` are those without an answer."""
+
     request: Request
-    asked: list[Asked]
-    drawn: dict[int, Drew] = field(default_factory=dict)  # part -> its answer
+    asked: list[Asked] = field(default_factory=list)
+    open: set[int] = field(default_factory=set)
+    steps: dict[int, Step] = field(default_factory=dict)
+    """By number of the sample."""
+    prompt: int = 0
+    cached: int = 0
+    answered: int = 0
+    """Calls whose answer was read."""
+    drawn: int = 0
+    """Tokens in those answers."""
+    untold_calls: int = 0
+    untold_tokens: int = 0
+
+    def leave_out(self, calls: int, each: int) -> None:
+        """So many calls may have drawn up to `each` tokens and never said how many."""
+        self.untold_calls += calls
+        self.untold_tokens += calls * each
+
+    def reply(self) -> Reply:
+        return Reply(
+            self.request, tuple(self.steps[i] for i in range(self.request.n)), prompt=self.prompt, cached=self.cached,
+            uncounted_calls=self.untold_calls, uncounted_tokens=self.untold_tokens,
+        )  # fmt: skip
+
+    def failed(self, why: str) -> Reply:
+        """The reply without steps: what was drawn for them is in no reply either."""
+        return Reply(
+            self.request, (), prompt=self.prompt, cached=self.cached, error=why,
+            uncounted_calls=self.untold_calls + self.answered, uncounted_tokens=self.untold_tokens + self.drawn,
+        )  # fmt: skip
 
 
 class ServerEngine:
@@ -80,7 +111,7 @@ class ServerEngine:
         self._reload = reload
         self._searches: dict[int, tuple[bytes, int]] = {}  # prompt, reserved tokens
         self._requests: dict[int, _Active] = {}
-        self._valued: dict[int, Reply] = {}  # drawn, waiting for the reward model
+        self._valued: dict[int, _Active] = {}  # drawn, waiting for the reward model
         self._ready: list[Reply] = []
 
     def encode(self, prompt: str | Sequence[Message]) -> Int32:
@@ -112,8 +143,8 @@ class ServerEngine:
     def close(self, search: int) -> None:
         if search not in self._searches:
             raise ValueError(f"search {search} is not open: call open first")
-        active = [a.request for a in self._requests.values()] + [r.request for r in self._valued.values()]
-        for request in active + [reply.request for reply in self._ready]:
+        active = [*self._requests.values(), *self._valued.values()]
+        for request in [a.request for a in active] + [reply.request for reply in self._ready]:
             if request.search == search:
                 self.cancel(request.id)
         del self._searches[search]
@@ -149,32 +180,48 @@ class ServerEngine:
             why = f"the prefix of {len(request.prefix)} tokens leaves no room in a context of {self.context}"
             self._ready.append(Reply(request, (), error=why))
             return
-        written = None
-        if self.service.prompt == "text":
-            written = self.text.plain(request.prefix)
-            if written is None:
-                why = "the prefix's text would be read as other tokens: use a server that takes token ids"
-                self._ready.append(Reply(request, (), error=why))
-                return
         greedy = request.temperature == 0.0
         bent = request.temperature != 1.0 or request.top_p != 1.0
-        sizes = [1] * request.n if greedy or self.service.split else [request.n]
         prefix, tokens = tuple(request.prefix.tolist()), min(request.max_tokens, room)
-        asked = [Asked(self.service.model, prefix, size, tokens, greedy, bent) for size in sizes]
-        self._requests[request.id] = _Active(request, asked)
-        for part, one in enumerate(asked):
-            service = self.service
-            body = payload(request, one, self.text, part, service.dialect, written, service.extra)
-            self.client.send((request.id, part), "/v1/completions", body)
+        size = 1 if greedy or self.service.split else request.n
+        active = self._requests[request.id] = _Active(request)
+        try:
+            for first in range(0, request.n, size):
+                self._send(active, Asked(self.service.model, prefix, size, tokens, greedy, bent, first))
+        except Omission as error:
+            self._fail(active, str(error))
+
+    def _send(self, active: _Active, asked: Asked) -> None:
+        written, service = None, self.service
+        if service.prompt == "text":
+            written = self.text.plain(asked.prefix)
+            if written is None:
+                raise Omission("the prefix's text would be read as other tokens: use a server that takes token ids")
+        number = len(active.asked)
+        active.asked.append(asked)
+        active.open.add(number)
+        body = payload(active.request, asked, self.text, service.dialect, written, service.extra)
+        self.client.send((active.request.id, number), "/v1/completions", body)
 
     def cancel(self, request_id: int) -> None:
         active = self._requests.pop(request_id, None)
         if active is not None:
-            for part in range(len(active.asked)):
-                self.client.cancel((request_id, part))
+            self._drop(active)
         if self._valued.pop(request_id, None) is not None and self._value_client is not None:
             self._value_client.cancel(request_id)
         self._ready = [reply for reply in self._ready if reply.request.id != request_id]
+
+    def _drop(self, active: _Active) -> None:
+        """Cancel the calls that are open."""
+        for number in active.open:
+            active.leave_out(self.client.cancel((active.request.id, number)), active.asked[number].most)
+        active.open.clear()
+
+    def _fail(self, active: _Active, why: str) -> None:
+        """End a request without steps."""
+        del self._requests[active.request.id]
+        self._drop(active)
+        self._ready.append(active.failed(why))
 
     def poll(self) -> list[Reply]:
         """Wait for the server until some request finishes (at most a second); the requests that finished."""
@@ -184,11 +231,11 @@ class ServerEngine:
             both = bool(self._requests) and bool(self._valued)
             wait = 0.02 if both else _PATIENCE
             if self._requests:
-                for key, answer in self.client.poll(wait):
-                    self._drew(key, answer)
+                for answer in self.client.poll(wait):
+                    self._drew(answer)
             if self._valued and self._value_client is not None:
-                for key, answer in self._value_client.poll(0.0 if self._ready else wait):
-                    self._got_values(key, answer)
+                for answer in self._value_client.poll(0.0 if self._ready else wait):
+                    self._got_values(answer)
         replies, self._ready = self._ready, []
         return replies
 
@@ -200,29 +247,45 @@ class ServerEngine:
 
     # ---- answers
 
-    def _drew(self, key: Any, answer: object) -> None:
-        request_id, part = key
+    def _drew(self, answer: Answer) -> None:
+        request_id, number = cast(tuple[int, int], answer.key)
         active = self._requests.get(request_id)
         if active is None:
-            return  # a part of a request that has failed already
+            return  # a call of a request that has failed already
+        asked = active.asked[number]
+        active.open.discard(number)
+        active.leave_out(answer.untold, asked.most)
         try:
-            if isinstance(answer, Failure):
-                raise Omission(answer.why)
-            active.drawn[part] = read(answer, active.asked[part], self.text)
+            self._take(active, asked, answer.value)
         except Omission as error:
-            self.cancel(request_id)
-            self._ready.append(Reply(active.request, (), error=str(error)))
+            self._fail(active, str(error))
             return
-        if len(active.drawn) < len(active.asked):
-            return
-        del self._requests[request_id]
-        parts = [active.drawn[i] for i in range(len(active.asked))]
-        steps = tuple(step for drew in parts for step in drew.steps)
-        prompt, cached = sum(drew.prompt for drew in parts), sum(drew.cached for drew in parts)
-        self._value_of(Reply(active.request, steps, prompt=prompt, cached=cached))
+        if not active.open:
+            del self._requests[request_id]
+            self._value_of(active)
 
-    def _value_of(self, reply: Reply) -> None:
+    def _take(self, active: _Active, asked: Asked, value: object) -> None:
+        """Keep what a call drew, and go on with the steps that the server ended too early."""
+        if isinstance(value, Failure):
+            raise Omission(value.why)
+        try:
+            drew = read(value, asked, self.text)
+        except Omission:
+            active.leave_out(1, asked.most)
+            raise
+        active.answered += 1
+        active.drawn += drew.drawn
+        active.prompt += drew.prompt
+        active.cached += drew.cached
+        for choice, step in enumerate(drew.steps):
+            if isinstance(step, Begun):
+                self._send(active, asked.behind(choice, step))
+            else:
+                active.steps[asked.first + choice] = step
+
+    def _value_of(self, active: _Active) -> None:
         """Values of the prefix and of every step but those that ended by EOS (their reward is known otherwise)."""
+        reply = active.reply()
         if self._value is None:
             self._ready.append(reply)
             return
@@ -233,18 +296,19 @@ class ServerEngine:
         assert self._value_client is not None
         token_ids = self._value.send == "token_ids"
         inputs = sequences if token_ids else [self.text.decode(ids) for ids in sequences]
-        self._valued[reply.request.id] = reply
+        self._valued[reply.request.id] = active
         self._value_client.send(reply.request.id, self._value.path, self._value.payload(inputs))
 
-    def _got_values(self, key: Any, answer: object) -> None:
-        reply = self._valued.pop(key)
+    def _got_values(self, answer: Answer) -> None:
+        active = self._valued.pop(cast(int, answer.key))
+        reply = active.reply()
         assert isinstance(self._value, ServedValue)
         try:
-            if isinstance(answer, Failure):
-                raise Omission(answer.why)
-            values = self._value.read(answer, len(_sequences(reply)))
+            if isinstance(answer.value, Failure):
+                raise Omission(answer.value.why)
+            values = self._value.read(answer.value, len(_sequences(reply)))
         except Omission as error:
-            self._ready.append(Reply(reply.request, (), error=str(error)))
+            self._ready.append(active.failed(str(error)))
             return
         self._ready.append(_with_values(reply, values))
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mcts.rng import uniform
@@ -32,6 +32,16 @@ class Failure:
     """A call that will get no answer; the sentence says why."""
 
     why: str
+
+
+class Answer(NamedTuple):
+    """What became of a call."""
+
+    key: Hashable
+    value: Any
+    """The JSON value, or a Failure."""
+    untold: int
+    """Exchanges of the call that the server may have worked on and did not answer: it never said what they cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,8 @@ class _Call:
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     kind: str
-    """ok, refused (asking again is no use), broken or down."""
+    """ok, refused (asking again is no use; `endless`: so is an answer that is too long), broken, or down (the server
+    says that it did not take the call)."""
     value: Any
     wait: float = 0.0
     """Seconds that the server asked for."""
@@ -143,19 +154,20 @@ class Client:
         heapq.heappush(self._waiting, (0.0, call.order, call))
         self._dispatch()
 
-    def cancel(self, key: Hashable) -> None:
-        """Forget a call; unknown keys are ignored."""
+    def cancel(self, key: Hashable) -> int:
+        """Forget a call; unknown keys are ignored. Its exchanges that stay untold (`Answer`)."""
         call = self._calls.pop(key, None)
-        if call is not None:
-            call.cancelled = True
-            call.abort("cancelled")
+        if call is None:
+            return 0
+        call.cancelled = True
+        call.abort("cancelled")
+        return call.broken + (call in self._running and call.connection is not None)
 
-    def poll(self, wait: float) -> list[tuple[Hashable, Any]]:
-        """Answers that came, (key, JSON value or Failure). Blocks at most `wait` seconds, and not at all where no
-        call is open."""
+    def poll(self, wait: float) -> list[Answer]:
+        """Answers that came. Blocks at most `wait` seconds, and not at all where no call is open."""
         until = time.monotonic() + wait
         while True:
-            done: list[tuple[Hashable, Any]] = []
+            done: list[Answer] = []
             while not self._results.empty():
                 done += self._settle(*self._results.get())
             self._dispatch()
@@ -180,8 +192,8 @@ class Client:
             raise RuntimeError("other calls are under way: finish them first")
         self.send("call", path, payload)
         while True:
-            for _, answer in self.poll(1.0):
-                return answer
+            for answer in self.poll(1.0):
+                return answer.value
 
     def close(self) -> None:
         """Cancel everything."""
@@ -207,15 +219,15 @@ class Client:
             self._running.add(call)
             threading.Thread(target=self._work, args=(call,), name="server-call", daemon=True).start()
 
-    def _settle(self, call: _Call, outcome: _Outcome) -> list[tuple[Hashable, Any]]:
+    def _settle(self, call: _Call, outcome: _Outcome) -> list[Answer]:
         """What an exchange's outcome means for its call, and for the others."""
         self._running.discard(call)
         if call.cancelled:
             return []
-        if outcome.kind in ("ok", "refused"):
+        if outcome.kind in ("ok", "refused", "endless"):
             self._row, self._down_since, self._probe_at = 0, None, 0.0
             del self._calls[call.key]
-            return [(call.key, outcome.value)]
+            return [Answer(call.key, outcome.value, call.broken + (outcome.kind == "endless"))]
         now, patience = time.monotonic(), self.patience
         self._row += 1
         call.failures += 1
@@ -225,7 +237,7 @@ class Client:
             if call.broken >= patience.attempts:
                 del self._calls[call.key]
                 why = f"{self.url}{call.path} failed {call.broken} times, lastly: {outcome.value}"
-                return [(call.key, Failure(why))]
+                return [Answer(call.key, Failure(why), call.broken)]
         else:
             if self._down_since is None:
                 self._down_since = now
@@ -238,11 +250,9 @@ class Client:
         heapq.heappush(self._waiting, (now + pause, call.order, call))
         return []
 
-    def _give_up(self, why: str) -> list[tuple[Hashable, Any]]:
-        keys = list(self._calls)
-        self.close()
+    def _give_up(self, why: str) -> list[Answer]:
         self._row, self._down_since, self._probe_at = 0, None, 0.0
-        return [(key, Failure(why)) for key in keys]
+        return [Answer(key, Failure(why), self.cancel(key)) for key in list(self._calls)]
 
     def _pause(self, failures: int) -> float:
         longest = min(self.patience.longest_backoff, self.patience.backoff * 2.0 ** min(failures - 1, 30))
@@ -289,7 +299,7 @@ def _judge(status: int, retry_after: str | None, data: bytes) -> _Outcome:
     if status >= 300 or status < 200:
         return _Outcome("refused", Failure(f"the server refused the call with status {status}: {text}"))
     if len(data) > LONGEST_ANSWER:
-        return _Outcome("refused", Failure(f"the server's answer is longer than {LONGEST_ANSWER} bytes"))
+        return _Outcome("endless", Failure(f"the server's answer is longer than {LONGEST_ANSWER} bytes"))
     if not data.strip():
         return _Outcome("ok", None)  # reload endpoints answer with an empty body
     try:

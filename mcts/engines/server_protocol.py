@@ -7,14 +7,17 @@ first thing that is missing is named in one sentence.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from mcts.engines.server_asked import Asked, Begun, Omission
+from mcts.engines.server_reading import ending
 from mcts.engines.server_text import Text
-from mcts.types import Float32, Request, Step, Stop
+from mcts.rng import hash64
+from mcts.types import Float32, Request, Step
 
 Dialect = Literal["vllm", "sglang", "openai"]
 
@@ -32,38 +35,25 @@ SEED_BITS = 53
 """Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
 
 
-class Omission(Exception):
-    """The server did not do what was asked of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One call: `n` choices after `prefix`, of at most `max_tokens` tokens each."""
-
-    model: str
-    prefix: tuple[int, ...]
-    n: int
-    max_tokens: int
-    greedy: bool
-    bent: bool
-    """Sampled otherwise than at temperature 1 and top_p 1."""
-
-
 @dataclass(frozen=True, slots=True)
 class Drew:
     """What a checked answer holds."""
 
-    steps: tuple[Step, ...]  # [n], in sample order, without values
+    steps: tuple[Step | Begun, ...]  # [n], in sample order, without values
     prompt: int
     """Prefix tokens that the server forwarded."""
     cached: int
+    drawn: int
+    """Tokens that the call drew."""
 
 
 def payload(
-    request: Request, asked: Asked, text: Text, first: int, dialect: str, written: str | None, extra: Mapping[str, Any]
+    request: Request, asked: Asked, text: Text, dialect: str, written: str | None, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The JSON body for samples first .. first + asked.n - 1 of a request. `written`: the prefix as text, None to
-    send its token ids."""
+    """The JSON body of a call of a request. `written`: the prefix as text, None to send its token ids."""
+    seed = request.seed
+    if asked.begun.token_ids:  # other random numbers than those that the step began with
+        seed = hash64(seed, asked.first, len(asked.begun.token_ids))
     return {
         "model": asked.model,
         "prompt": list(asked.prefix) if written is None else written,
@@ -71,7 +61,7 @@ def payload(
         "max_tokens": asked.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "seed": (request.seed & ((1 << SEED_BITS) - 1)) + first,
+        "seed": (seed & ((1 << SEED_BITS) - 1)) + asked.first,
         "stop": [text.delimiter],
         "logprobs": 1,
         "stream": False,
@@ -97,8 +87,9 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
     if set(by_index) != set(range(asked.n)):
         raise Omission(f"the server's choices are not numbered 0 to {asked.n - 1}")
     steps = tuple(_step(by_index[i], asked, text) for i in range(asked.n))
-    prompt, cached = _usage(answer.get("usage"), asked, sum(len(step.token_ids) for step in steps))
-    return Drew(steps, prompt - cached, cached)
+    drawn = sum(len(step.token_ids) for step in steps) - len(asked.begun.token_ids)
+    prompt, cached = _usage(answer.get("usage"), asked, drawn)
+    return Drew(steps, prompt - cached, cached, drawn)
 
 
 def _usage(usage: object, asked: Asked, drawn: int) -> tuple[int, int]:
@@ -127,7 +118,7 @@ def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _step(choice: Mapping[str, Any], asked: Asked, text: Text) -> Step:
+def _step(choice: Mapping[str, Any], asked: Asked, text: Text) -> Step | Begun:
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict) or not isinstance(logprobs.get("token_logprobs"), list):
         raise Omission("the server returned no logprobs although logprobs=1 was asked for: use a server that has them")
@@ -139,10 +130,13 @@ def _step(choice: Mapping[str, Any], asked: Asked, text: Text) -> Step:
         raise Omission(f"the server returned {len(ids)} tokens where 1 to {asked.max_tokens} were asked for")
     if not all(_real(value) for value in values):
         raise Omission("the server returned a log-probability that is no number of at most 0")
-    token_ids = np.array(ids, dtype=np.int32)
-    row = np.minimum(np.array(values, dtype=np.float32), np.float32(0.0))
-    stop = _stop(choice, ids, asked, text)
-    return Step(text.decode(ids), token_ids, row, stop, behavior_logprobs=_behavior(row, asked))
+    stop = ending(choice, ids, asked, text)
+    every = Begun((*asked.begun.token_ids, *ids), (*asked.begun.logprobs, *values))
+    if stop is None:
+        return every
+    row = np.minimum(np.array(every.logprobs, dtype=np.float32), np.float32(0.0))
+    token_ids = np.array(every.token_ids, dtype=np.int32)
+    return Step(text.decode(token_ids), token_ids, row, stop, behavior_logprobs=_behavior(row, asked))
 
 
 def _behavior(row: Float32, asked: Asked) -> Float32 | None:
@@ -173,41 +167,3 @@ def _token_ids(choice: Mapping[str, Any], logprobs: Mapping[str, Any], text: Tex
     if not isinstance(given, list) or not all(_count(i) and i < text.size for i in given):
         raise Omission(f"the server returned token ids outside the tokenizer's 0 to {text.size - 1}")
     return given
-
-
-def _stop(choice: Mapping[str, Any], ids: Sequence[int], asked: Asked, text: Text) -> Stop:
-    """Why the step ended, by its tokens; the server's word must agree. A delimiter may end inside the last token:
-    what that token holds behind it stays in the step."""
-    reason = choice.get("finish_reason")
-    if reason not in ("stop", "length"):
-        raise Omission(f"the server ended a choice with finish_reason {reason!r}, which is neither stop nor length")
-    if text.eos_ids.intersection(ids[:-1]) or text.delimiter in text.decode(ids[:-1]):
-        raise Omission("the server drew on behind the end of a step: it ignored stop, or stops on other tokens")
-    whole = text.decode(ids)
-    if ids[-1] in text.eos_ids:
-        stop, shown = Stop.EOS, whole
-    elif text.delimiter in whole:
-        stop, shown = Stop.DELIMITER, whole[: whole.index(text.delimiter)]
-    elif reason == "length" and len(ids) == asked.max_tokens:
-        stop, shown = Stop.LENGTH, whole
-    elif reason == "length":
-        raise Omission(
-            f"the server stopped for length after {len(ids)} of {asked.max_tokens} tokens: lower engine.max_context to "
-            "what it serves"
-        )
-    else:
-        raise Omission(
-            f"the server returned a choice that ended by stop (stop_reason {choice.get('stop_reason')!r}, last tokens "
-            f"{list(ids[-2:])}) without the token that ended it: it drops EOS or stop tokens from what it returns"
-        )
-    said = choice.get("text")
-    if not isinstance(said, str):
-        raise Omission("the server returned a choice without text")
-    if _bare(said) not in (_bare(shown), _bare(whole)):
-        raise Omission(f"the server's text {said[:40]!r} is not what its tokens say ({shown[:40]!r})")
-    return stop
-
-
-def _bare(text: str) -> str:
-    """Without what detokenizers differ in: outer spaces, and characters whose bytes are incomplete."""
-    return text.strip().strip("\ufffd").strip()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mcts.engines.server_protocol import Omission
+from mcts.engines.server_asked import Omission
 from mcts.types import SettingError
 
 

@@ -77,7 +77,7 @@ def _row(row: dict[str, Any], at: Iteration, config_hash: str, seed: int | None)
     if settings is None:
         yield "settings", "has settings that are no JSON object"
         settings = {}
-    if min(usage.values()) < 0 or usage["discarded"] > usage["sampled"]:
+    if min(count for count in usage.values() if count is not None) < 0 or usage["discarded"] > usage["sampled"]:
         yield "tokens", "counts fewer tokens than none, or discarded more than it sampled"
     budget = settings.get("budget")
     if isinstance(budget, int) and usage["sampled"] > budget:

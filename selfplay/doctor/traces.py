@@ -159,12 +159,12 @@ def schema_problem(schema: pa.Schema) -> str:
 
 
 def _covers(found: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether `found` is `wanted`, or a struct (or list of structs) with more fields."""
+    """Whether `found` is `wanted`, or a struct (or list of structs) with more fields, or without nullable ones."""
     if pa.types.is_list(wanted) and pa.types.is_list(found):
         return _covers(found.value_type, wanted.value_type)
     if pa.types.is_struct(wanted) and pa.types.is_struct(found):
         have = {field.name: field.type for field in found}
-        return all(f.name in have and _covers(have[f.name], f.type) for f in wanted)
+        return all(_covers(have[f.name], f.type) if f.name in have else f.nullable for f in wanted)
     return bool(found == wanted)
 
 

@@ -8,9 +8,10 @@ import socket
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 
 from mcts.rng import generator
 
@@ -51,9 +52,33 @@ class PrefixBlocks:
             self._known.add(tuple(tokens[:end]))
 
 
+class Detokenizer:
+    """The text of drawn tokens as vLLM 0.32 gives it out: nothing while a character is not whole, and behind a prompt
+    that ends inside one the prompt's text too."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self._core = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        self.text += self._stream.step(self._core, token) or ""
+        return self.text
+
+
+class Drawn(NamedTuple):
+    """One choice."""
+
+    ids: list[int]
+    logprobs: list[float]
+    reason: str
+    text: str
+
+
 class FakeServer:
     """`faults`: names that the next completion calls fall for, first come first served; `always`: one that all do.
-    `stall` holds calls that fell for "slow" until it is set."""
+    `stall` holds calls that fell for "slow" until it is set; `streams`: it finds the stop text as vLLM does, in what
+    its detokenizer gives out."""
 
     def __init__(self, tokenizer: Any, eos: int, model: str = "tiny") -> None:
         self.tokenizer, self.eos, self.model = tokenizer, eos, model
@@ -61,6 +86,7 @@ class FakeServer:
         self.likely: tuple[int, ...] = (eos,)
         self.faults: deque[str] = deque()
         self.always: str | None = None
+        self.streams = False
         self.stall = threading.Event()
         self.seen: list[dict[str, Any]] = []
         """Bodies of the completion calls, in order of arrival."""
@@ -208,17 +234,14 @@ class FakeServer:
         drawn = [self._draw(prompt, body, i, fault) for i in range(n)]
         with self._lock:
             cached = self._blocks.cached(prompt)
-            for ids, _, _ in drawn:
-                self._blocks.add((prompt + ids)[:-1])
-            count = sum(len(ids) for ids, _, _ in drawn)
+            for one in drawn:
+                self._blocks.add((prompt + one.ids)[:-1])
+            count = sum(len(one.ids) for one in drawn)
             self.sampled += count
             self.prompt += len(prompt) - cached
             self.cached += cached
         choices = []
-        for i, (ids, logprobs, reason) in enumerate(drawn):
-            text = self.decode(ids)
-            if reason == "stop" and ids[-1] != self.eos:
-                text = text[: text.index(body["stop"][0])]
+        for i, (ids, logprobs, reason, text) in enumerate(drawn):
             choice = {
                 "index": i, "text": text, "finish_reason": reason, "token_ids": ids,
                 "logprobs": {"token_logprobs": logprobs, "tokens": [self.written(t) for t in ids]},
@@ -256,10 +279,11 @@ class FakeServer:
                 choice["logprobs"]["tokens"][0] = "\ufffd"
         return choice
 
-    def _draw(self, prompt: list[int], body: dict[str, Any], sample: int, fault: str | None) -> tuple[Any, Any, str]:
+    def _draw(self, prompt: list[int], body: dict[str, Any], sample: int, fault: str | None) -> Drawn:
         ids: list[int] = []
         logprobs: list[float] = []
-        random = generator(body["seed"] + sample, hash_of(prompt))
+        random, stop = generator(body["seed"] + sample, hash_of(prompt)), body["stop"][0]
+        stream, text = Detokenizer(self.tokenizer, prompt) if self.streams else None, ""
         for _ in range(body["max_tokens"] + (fault == "too_long")):
             row = log_odds(prompt + ids, self.size, self.likely, self.version)
             if body["temperature"] == 0.0:
@@ -268,11 +292,14 @@ class FakeServer:
                 token = min(int(np.searchsorted(np.exp(row).cumsum(), random.random())), self.size - 1)
             ids.append(token)
             logprobs.append(float(row[token]))
+            if token == self.eos and fault not in ("ignores_stop", "too_long"):
+                return Drawn(ids, logprobs, "stop", text)
+            text = self.decode(ids) if stream is None else stream.add(token)
             if fault in ("ignores_stop", "too_long"):
                 continue
-            if token == self.eos or body["stop"][0] in self.decode(ids):
-                return ids, logprobs, "stop"
-        return ids, logprobs, "length"
+            if stop in text or fault == "ends_early":
+                return Drawn(ids, logprobs, "stop", text.partition(stop)[0])
+        return Drawn(ids, logprobs, "length", text)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from mcts.tree import Tree
 from mcts.types import Ended, Problem, SearchResult, Status, Stop, Verdict
 from selfplay.inspect import InspectError, Inspection, inspect_path, render_tree
 from selfplay.schema import batch_of
-from selfplay.shards import ShardError, list_shards, write_pending
+from selfplay.shards import ShardError, commit, list_shards, shard_path, write_pending
 from selfplay.stats import auc
+from selfplay.summary import summarise_shards
 from selfplay.trace_stats import BINS, TraceStats, nodes_of_batch, outcomes
 from selfplay.traces import to_row
 from selfplay.where import WhereError
@@ -50,6 +52,20 @@ def test_summary_counts_each_iteration(run: Path) -> None:
     assert first["branching"] == pytest.approx(8 / 7)  # 4 + 2 + 2 steps below 3 + 2 + 2 nodes
     assert first["repeat_draws"] == pytest.approx(2 / 10)
     assert (second["solved"], second["wins"], second["tokens_per_win"]) == (2, 2, 140)
+
+
+def test_tokens_that_a_server_never_told_of_are_shown_beside_those_sampled(run: Path) -> None:
+    assert "uncounted" not in shown(inspect_path(run))
+    result = replace(won_search("q2"), usage=Usage(sampled=40, calls=4, uncounted_calls=2, uncounted_tokens=96))
+    write_pending(run / "pending" / "3.arrow", [to_row(result, context(iteration=3))], METADATA)
+    commit(run / "pending" / "3.arrow", shard_path(run, 3, 0))
+    found = inspect_path(run)
+    rows = [(row["uncounted_calls"], row["uncounted_tokens"]) for row in found.data["summary"]]
+    assert rows == [(0, 0), (0, 0), (2, 96)]
+    assert "uncounted" in shown(found)
+    assert "≤ 96" in shown(found)
+    said = summarise_shards(list_shards(run)).metrics()
+    assert (said["uncounted_calls"], said["uncounted_tokens"]) == (2, 96)
 
 
 def test_value_figures_compare_the_raw_value_with_the_outcome_below(run: Path) -> None:

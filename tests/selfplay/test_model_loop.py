@@ -54,13 +54,14 @@ def run_config(model: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def selfplay(*arguments: str, moment: str | None = None) -> subprocess.CompletedProcess[str]:
+def selfplay(*arguments: str, moment: str | None = None, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
     command = (
         [sys.executable, "-m", "selfplay"] if moment is None else [sys.executable, "-m", "tests.selfplay.tiny_run"]
     )
     return subprocess.run(
         [*command, *([moment] if moment else []), *arguments],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout,
+        check=False,
     )  # fmt: skip
 
 

