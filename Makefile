@@ -28,8 +28,10 @@ selfplay: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not bench and not gpu and not server"
 
+# tests with a Ray of their own one after the other, the others on both cores
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not bench and not server and not long"
+	$(BIN)/python -m pytest -m "slow and not cluster and not bench and not server and not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and cluster and not bench and not server and not long"
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long

@@ -295,7 +295,6 @@ def test_a_driver_that_no_fault_has_ended_is_a_defect(tmp_path: Path, monkeypatc
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_job_gets_over_faults_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     kinds = ["worker", "driver", "silent", "node"] + ["cut"] * namespaces_permitted()
     command = [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--out", str(tmp_path / "out"), "--seed", "1"]
