@@ -26,8 +26,9 @@ from selfplay.cluster.weights import Fetched, Weights
 from selfplay.config import Config
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Alive, Finished, FleetEvent, Order, Ready
+from selfplay.pieces import Complete
 from selfplay.store import Place, Store
-from selfplay.supervisor import Complete, Supervisor
+from selfplay.supervisor import Supervisor
 from selfplay.units import join
 from selfplay.worker import Answered, EvaluationJob, Played, Unit
 

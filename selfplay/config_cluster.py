@@ -34,7 +34,7 @@ class ClusterConfig(Section):
     by_turns: bool = False
     """Workers and learners free their device's memory while the others work, so that they can share it."""
     restarts: int = Field(default=8, ge=0)
-    """Dead actors replaced before the run stops and says so; each committed unit gives one back."""
+    """Dead actors replaced before the run stops and says so; each finished piece of work gives one back."""
     lease_seconds: PositiveFloat = 3600.0
     """A unit that takes a worker longer is played by another."""
     silence_seconds: PositiveFloat = 30.0

@@ -23,9 +23,10 @@ from selfplay.config import Config
 from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Evaluated
+from selfplay.pieces import Complete
 from selfplay.run_folder import RunError
 from selfplay.store import Place, on_this_node
-from selfplay.supervisor import Complete, Supervisor
+from selfplay.supervisor import Supervisor
 from selfplay.units import join
 from selfplay.worker import EvaluationJob, Unit
 
