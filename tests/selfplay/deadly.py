@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 
@@ -25,5 +24,5 @@ class Deadly(Countdown):
 
     def check_step(self, problem: Problem, steps: Sequence[str]) -> Verdict | None:
         if problem.id in self._deadly:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, as a fault would
         return super().check_step(problem, steps)
