@@ -39,6 +39,9 @@ class ClusterConfig(Section):
     """A unit that takes a worker longer is played by another."""
     silence_seconds: PositiveFloat = 30.0
     """A worker that gives no sign of life for so long counts as lost."""
+    peer_seconds: PositiveFloat = 300.0
+    """Longest that a learner waits for another's tensors; then the learners start again. Errors and deaths are noticed
+    long before."""
     deaths_alone: PositiveInt = 2
     """A problem that killed so many workers which played nothing else is recorded as failed."""
     grace_seconds: PositiveFloat = 20.0
