@@ -13,6 +13,7 @@ import pytest
 from selfplay.run_folder import TIMING_COLUMNS, read_metrics
 from selfplay.shards import iter_rows
 from tests.selfplay.deadly import EVERY, Deadly, kills
+from tests.selfplay.failing import CAUSE
 from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome, run_child
 from tests.selfplay.tiny_run import CONFIG
 
@@ -95,6 +96,22 @@ def test_problems_that_kill_their_workers_are_found_and_recorded_and_the_run_goe
     assert done.returncode == 0, done.stdout + done.stderr
     again = [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in read_metrics(tmp_path / "run")]
     assert again == measured
+
+
+@pytest.mark.slow
+def test_a_sharded_learner_that_fails_alone_is_named_with_its_error_and_the_run_goes_on(tmp_path: Path) -> None:
+    config, marker = tmp_path / "failing.yaml", tmp_path / "failed"
+    failing = f"task: {{name: tests.selfplay.failing.Failing, marker: {marker}}}"
+    text = CONFIG.replace("task: {name: countdown, numbers: 3, heldout_problems: 24, dev_problems: 16}", failing)
+    cluster = "executor: ray, workers: 1, worker_cpus: 0.5, learners: 2, learner_cpus: 0.5, sharding: fsdp2"
+    config.write_text(text.replace("executor: inline", cluster).replace("iterations: 2", "iterations: 1"))
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert marker.exists()
+    assert f"learners lost (learner 1 failed: {CAUSE}); they start again from the beginning" in said
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [0, 1]
 
 
 def kill_all(driver: int) -> None:
