@@ -75,7 +75,7 @@ def rank(number: int, path: Path, learners: int, threads: int, steps: int, run: 
         door, where = open_door(HOST) if number == 0 else (None, None)
         if door is not None:
             pipe.send(where)
-        group = TorchGroup(number, learners, pipe.recv(), host=HOST, door=door, timeout=600.0)
+        group = TorchGroup(number, learners, pipe.recv(), host=HOST, door=door, timeout=600.0, patience=600.0)
     trainer = Trainer(config_of(path, learners, threads, steps), Place(str(run), "bench", 1), group)
     trainer.warm_up(lambda *_: None)
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from selfplay.cluster.weights import Fetched, Weights
 from selfplay.config import Config
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Alive, Finished, FleetEvent, Order, Ready
+from selfplay.pieces import Complete
 from selfplay.store import Place, Store
-from selfplay.supervisor import Complete, Supervisor
+from selfplay.supervisor import Supervisor
 from selfplay.units import join
 from selfplay.worker import Answered, EvaluationJob, Played, Unit
 
@@ -48,6 +50,12 @@ def offer(store: Store, sample: Played, unit: Unit) -> Played:
 
 def answers(job: EvaluationJob) -> list[Answered]:
     return [Answered(p.id, True, "correct", False, 8, 1, 1, 2, 2, None, 0.1) for p in job.problems]
+
+
+def done(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 class SimulatedFleet:
@@ -219,18 +227,18 @@ class SimulatedLearners:
 class RayLearners(SimulatedLearners):
     """In the place of `selfplay.cluster.learners.Learners`: done at once, in this process."""
 
-    def warm_up(self) -> Any:
-        return ray.put({})
+    def warm_up(self) -> Future[Any]:
+        return done({})
 
-    def learn(self, iteration: int, shards: Sequence[Path]) -> Any:
+    def learn(self, iteration: int, shards: Sequence[Path]) -> Future[Any]:
         del iteration, shards
-        return ray.put({})
+        return done({})
 
-    def restore(self, checkpoint: Path) -> Any:
-        return ray.put(checkpoint)
+    def restore(self, checkpoint: Path) -> Future[Any]:
+        return done(checkpoint)
 
-    def save(self, iteration: int, state: dict[str, Any]) -> Any:
-        return ray.put(self.write(iteration, state))
+    def save(self, iteration: int, state: dict[str, Any]) -> Future[Any]:
+        return done(self.write(iteration, state))
 
     def progress(self) -> tuple[int, int, dict[str, Any]]:
         return 0, 0, {}

@@ -34,11 +34,14 @@ class ClusterConfig(Section):
     by_turns: bool = False
     """Workers and learners free their device's memory while the others work, so that they can share it."""
     restarts: int = Field(default=8, ge=0)
-    """Dead actors replaced before the run stops and says so; each committed unit gives one back."""
+    """Dead actors replaced before the run stops and says so; each finished piece of work gives one back."""
     lease_seconds: PositiveFloat = 3600.0
     """A unit that takes a worker longer is played by another."""
     silence_seconds: PositiveFloat = 30.0
     """A worker that gives no sign of life for so long counts as lost."""
+    peer_seconds: PositiveFloat = 300.0
+    """Longest that a learner waits for another's tensors; then the learners start again. Errors and deaths are noticed
+    long before."""
     deaths_alone: PositiveInt = 2
     """A problem that killed so many workers which played nothing else is recorded as failed."""
     grace_seconds: PositiveFloat = 20.0

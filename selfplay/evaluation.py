@@ -38,26 +38,30 @@ class Evaluation:
             for name, split, search in parts
         }
         self._answers: dict[str, list[Answered]] = {}
-        self.waiting = {job.name for job in self.jobs}
+        self.waiting = {job.part for job in self.jobs}
 
     @property
     def jobs(self) -> list[EvaluationJob]:
         return [job for jobs in self._jobs.values() for job in jobs]
 
     def take(self, done: Evaluated) -> None:
-        """Raises SearchError where searches could not be done: they are no wrong answers."""
-        failures = [answer.failed for answer in done.answers if answer.failed is not None]
+        """Raises SearchError where searches could not be done: they are no wrong answers. A problem that was given up
+        counts as one."""
+        failures = [answer.failed for answer in done.answers if answer.failed is not None and not answer.given_up]
         if failures:
             raise SearchError(f"{len(failures)} searches of the evaluation could not be done: {failures[0]}")
-        self.waiting.remove(done.job.name)
-        self._answers[done.job.name] = done.answers
+        self.waiting.remove(done.job.part)
+        self._answers[done.job.part] = done.answers
 
     def scores(self) -> dict[str, Any]:
-        """The columns of metrics.jsonl; none where nothing was evaluated."""
+        """The columns of metrics.jsonl; none where nothing was evaluated. Raises SearchError where every held-out
+        problem was given up."""
         if not self._answers:
             return {}
-        scores = {name: [a for job in jobs for a in self._answers[job.name]] for name, jobs in self._jobs.items()}
-        heldout, dev = scores["heldout"], scores["dev"]
+        scores = {name: [a for job in jobs for a in self._answers[job.part]] for name, jobs in self._jobs.items()}
+        heldout, dev, samples = scores["heldout"], scores["dev"], scores.get("samples", [])
+        if all(answer.given_up for answer in heldout):
+            raise SearchError(f"every held-out problem had to be given up, the first one because {heldout[0].failed}")
         won = sum(a.won for a in heldout)
         low, high = wilson(won, len(heldout))
         row = {
@@ -67,9 +71,10 @@ class Evaluation:
             "heldout_problems": len(heldout),
             "dev_pass1": sum(a.won for a in dev) / len(dev) if dev else None,
             "dev_problems": len(dev),
+            "heldout_failed": len({a.problem_id for a in [*heldout, *samples] if a.given_up}),
+            "dev_failed": sum(a.given_up for a in dev),
         }
         if k := self.samples:
-            samples = scores["samples"]
             row[f"heldout_pass{k}"] = float(np.mean([pass_at_k(max(k, a.chains), a.chain_wins, k) for a in samples]))
             row["heldout_sampled_pass1"] = float(np.mean([a.chain_wins / max(1, a.chains) for a in samples]))
             row["distinct_steps"] = sum(a.distinct_steps for a in samples) / max(1, sum(a.steps for a in samples))

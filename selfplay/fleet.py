@@ -21,22 +21,26 @@ class Cause(StrEnum):
     BLIND = "its node does not see the run"
 
 
+Work = Unit | EvaluationJob
+"""Problems to be searched with the weights of one version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """Play one problem in a process of its own."""
+    """Search one problem in a process of its own."""
 
-    unit: Unit
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Write the row of a problem that could not be played, without playing it."""
+    """Write the row, or give the answer, of a problem that could not be searched, without searching it."""
 
-    unit: Unit
+    work: Work
     reason: str
 
 
-Order = Unit | EvaluationJob | Alone | Record
+Order = Work | Alone | Record
 """What a worker is asked to do."""
 
 
@@ -57,7 +61,9 @@ class Evaluated:
     answers: list[Answered]
 
 
-Result = Played | list[Answered] | Casualty
+Part = Played | list[Answered]
+"""What comes of a unit or an evaluation, or of a part of one."""
+Result = Part | Casualty
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +131,6 @@ class Fleet(Protocol):
         ...
 
 
-def unit_of(order: Order) -> Unit:
-    """The unit in an order."""
-    if isinstance(order, EvaluationJob):
-        raise TypeError("an evaluation has no unit")
-    return order if isinstance(order, Unit) else order.unit
+def work_of(order: Order) -> Work:
+    """The problems in an order."""
+    return order.work if isinstance(order, Alone | Record) else order

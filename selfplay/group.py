@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from selfplay.errors import Interrupted, NonFiniteLoss, UserError
+from selfplay.errors import Interrupted, NonFiniteLoss, UserError, known_errors
 
 T = TypeVar("T")
 
@@ -26,6 +26,18 @@ class PeerError(RuntimeError):
 
 class GroupLost(RuntimeError):
     """Another process of the group is gone or silent; this group is of no use any more."""
+
+
+class GroupBroken(RuntimeError):
+    """This process failed where the others could not be told: they wait for it, and the group is of no use any more."""
+
+    def __init__(self, rank: int, what: str) -> None:
+        super().__init__(rank, what)
+        self.rank = rank
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"learner {self.rank} failed: {self.what}"
 
 
 class Group(Protocol):
@@ -63,12 +75,21 @@ class TorchGroup:
     """torch.distributed: gloo for tensors on CPU, nccl for those on GPUs. One per process, for its whole life."""
 
     def __init__(
-        self, rank: int, size: int, where: tuple[str, int], *, host: str, door: socket.socket | None, timeout: float
+        self,
+        rank: int,
+        size: int,
+        where: tuple[str, int],
+        *,
+        host: str,
+        door: socket.socket | None,
+        timeout: float,
+        patience: float,
     ) -> None:
         """Wait until all `size` processes are there. They meet at `where` (address, port), at the `door` that rank 0
         opened there; `host` is this process's own address.
 
-        `timeout` in seconds is the longest that a rank waits for another; then it raises GroupLost.
+        In seconds, `timeout` is the longest that a rank waits for another to come or to say something, `patience` the
+        longest that it waits for its tensors; then it raises GroupLost.
         """
         import torch.distributed as dist
 
@@ -82,7 +103,8 @@ class TorchGroup:
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface_of(host))
             store = meeting.TCPStore(*where, size, is_master=rank == 0, timeout=limit, master_listen_fd=listen)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+            patient = timedelta(seconds=patience)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patient)
             # Texts travel on their own: an error can be told while others still wait for tensors.
             self._control = dist.new_group(backend="gloo", timeout=limit)
 
@@ -122,16 +144,41 @@ class TorchGroup:
 @contextmanager
 def losses() -> Iterator[None]:
     """What torch.distributed raises when others are gone is raised as GroupLost."""
-    from torch.distributed import DistError
-
     try:
         yield
-    except DistError as error:
-        raise GroupLost(str(error)) from error
-    except RuntimeError as error:  # gloo has no error of its own
-        if not any(sign in str(error) for sign in ("gloo", "Gloo", "NCCL", "Connection", "timed out")):
+    except RuntimeError as error:
+        if not _is_loss(error):
             raise
         raise GroupLost(str(error)) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    from torch.distributed import DistError
+
+    if isinstance(error, DistError):
+        return True
+    signs = ("gloo", "Gloo", "NCCL", "Connection", "timed out")  # gloo has no error of its own
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def unheard(group: Group) -> Iterator[None]:
+    """Around work in which the ranks wait for each other's tensors: one that fails there cannot tell the others.
+
+    Its error is raised as GroupBroken, and what torch.distributed raises when others are gone as GroupLost. Errors that
+    the others know, and those that are meant for users, are raised as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if group.size == 1 or isinstance(error, GroupLost | GroupBroken) or getattr(error, "told", False):
+            raise
+        if isinstance(error, known_errors()):
+            tell_nobody(error)
+            raise
+        if _is_loss(error):
+            raise GroupLost(str(error)) from error
+        raise GroupBroken(group.rank, described(error)) from error
 
 
 def open_door(host: str) -> tuple[socket.socket, tuple[str, int]]:
@@ -168,11 +215,11 @@ def agree(group: Group, work: Callable[[], T]) -> list[T]:
         return [work()]
     try:
         told = json.dumps({"result": work()})
-    except GroupLost:
+    except (GroupLost, GroupBroken):
         raise
     except Exception as error:
         if not getattr(error, "told", False):
-            group.gather(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            _tell(group, error)
         tell_nobody(error)
         raise
     answers: list[dict[str, Any]] = [json.loads(answer) for answer in group.gather(told)]
@@ -182,6 +229,17 @@ def agree(group: Group, work: Callable[[], T]) -> list[T]:
             found = f"learner {rank} failed: {answer['error']}: {answer['message']}"
             raise tell_nobody(PeerError(found) if known is None else known(answer["message"]))
     return [answer["result"] for answer in answers]
+
+
+def _tell(group: Group, error: Exception) -> None:
+    try:
+        group.gather(json.dumps({"error": type(error).__name__, "message": str(error)}))
+    except GroupLost:
+        raise GroupBroken(group.rank, described(error)) from error  # its own error says more than that the others left
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def tell_nobody(error: Exception) -> Exception:

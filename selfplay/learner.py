@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,7 @@ from mcts.rng import generator, hash64
 from mcts.tasks.base import Example
 from selfplay.errors import UserError
 from selfplay.forward import check_kernels, check_logits, check_tree_mask, checkpoint_layers
-from selfplay.group import Alone, Group, agree, tell_nobody
+from selfplay.group import Alone, Group, agree, unheard
 from selfplay.items import Encode, ExampleEncoder
 from selfplay.objectives.base import Models, Need, Objective, TraceLike
 from selfplay.optimizers import Optimizer, OptimizerSettings, Schedule
@@ -139,7 +139,9 @@ class Learner:
         key = (self.settings.seed, iteration, hash64(*purpose.encode()))
         alone = self.policy.device.type != "cpu" or self.settings.shard_on is not None
         side_by_side = 1 if alone else self.settings.threads
-        with _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
+        with self._unheard(), _one_torch_thread(), ThreadPoolExecutor(side_by_side) as pool:
+            if self.settings.shard_on is not None:
+                self.agree(lambda: None)  # all are here and well, before they wait for each other's tensors
             items: list[Item] = []
             if traces:
                 self.agree(lambda: items.extend(self.objective.prepare(traces, self.models, generator(*key, 0))))
@@ -158,12 +160,12 @@ class Learner:
         """`group.agree`, for work that runs the model."""
         if self.settings.shard_on is None:
             return agree(self.group, work)
-        try:
-            found = work()
-        except Exception as error:
-            tell_nobody(error)  # the others wait within a layer
-            raise
+        found = work()  # while the others may wait within a layer: see `_unheard`
         return agree(self.group, lambda: found)
+
+    def _unheard(self) -> AbstractContextManager[None]:
+        """Around work in which the ranks of a sharded policy wait for each other."""
+        return nullcontext() if self.settings.shard_on is None else unheard(self.group)
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of a training forward."""
@@ -192,7 +194,8 @@ class Learner:
         if not isinstance(self.policy, ShardedPolicy):
             return self.policy, state
         keep = self.group.rank == 0
-        return gather(self.policy, keep=keep), complete(state, keep=keep)
+        with self._unheard():
+            return gather(self.policy, keep=keep), complete(state, keep=keep)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(self.policy, ShardedPolicy):

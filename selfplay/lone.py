@@ -1,6 +1,6 @@
 """One problem in a process of its own, so that what ends the process is known and ends nothing else.
 
-`python -m selfplay.lone` reads a pickled `Errand` from its parent, plays it and answers with one line of JSON.
+`python -m selfplay.lone` reads a pickled `Errand` from its parent, searches it and answers with one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from selfplay.config import Config
 from selfplay.errors import known_errors
-from selfplay.fleet import Casualty
+from selfplay.fleet import Casualty, Part, Work
 from selfplay.run_folder import RunError
 from selfplay.store import Place
-from selfplay.worker import Played, Unit, Worker
+from selfplay.worker import Answered, EvaluationJob, Played, Worker
 
 PR_SET_PDEATHSIG = 1
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -33,12 +34,12 @@ class Errand:
     config: Config
     place: Place
     checkpoint: Path
-    unit: Unit
+    work: Work
     parent: int
 
 
-def play_alone(errand: Errand, seconds: float) -> Played | Casualty:
-    """Play the unit of `errand`, which holds one problem, within `seconds`. Raises RunError for an error that the
+def search_alone(errand: Errand, seconds: float) -> Part | Casualty:
+    """Do the work of `errand`, which holds one problem, within `seconds`. Raises RunError for an error that the
     child told of in words: it is no fault of the problem."""
     killed_before = _memory_kills()
     command = [sys.executable, "-m", "selfplay.lone"]
@@ -55,7 +56,9 @@ def play_alone(errand: Errand, seconds: float) -> Played | Casualty:
         answer = json.loads(said.splitlines()[-1])
         if "error" in answer:
             raise RunError(answer["error"])
-        return Played(errand.unit, answer["pending"], answer["seconds"])
+        if isinstance(errand.work, EvaluationJob):
+            return [Answered(**each) for each in answer["answers"]]
+        return Played(errand.work, answer["pending"], answer["seconds"])
     if code < 0:
         name = signal.Signals(-code).name
         if -code == signal.SIGKILL and _memory_kills() > killed_before:
@@ -81,13 +84,19 @@ def main() -> None:
         sys.exit("the worker that asked has ended")
     try:
         worker = Worker(errand.config, errand.place)
-        worker.load(errand.checkpoint, errand.unit.policy_version)
-        worker.enqueue(errand.unit)
-        played = worker.finish()
+        worker.load(errand.checkpoint, errand.work.policy_version)
+        answer = _search(worker, errand.work)
     except known_errors() as error:
-        print(json.dumps({"error": str(error)}))
-        return
-    print(json.dumps({"pending": played.pending, "seconds": played.seconds}))
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+def _search(worker: Worker, work: Work) -> dict[str, Any]:
+    if isinstance(work, EvaluationJob):
+        return {"answers": [asdict(answered) for answered in worker.evaluate(work)]}
+    worker.enqueue(work)
+    played = worker.finish()
+    return {"pending": played.pending, "seconds": played.seconds}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mcts.rng import generator
 from mcts.tasks.base import Example
 from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.forward import Outputs, batches, fit, forward
-from selfplay.group import shares
+from selfplay.group import shares, unheard
 from selfplay.metrics import Means, RunningAuc
 from selfplay.objectives.base import Need
 from selfplay.objectives.loss import Totals, composite_loss
@@ -260,23 +260,29 @@ class Phase:
         if not all(each["finite"] for each in told):
             learner.optimizer.zero_grad()
             raise NonFiniteLoss("the loss is not a finite number; lower the learning rate")
-        if group.size > 1:
-            reached = [each["reached"] for each in told]
-            counts = [torch.from_numpy(each) for each in auc.counts]
-            if isinstance(learner.policy, ShardedPolicy):
-                drop_unreached(learner.policy, reached)
-                group.sum(counts)
-            else:
-                group.sum([*learner.optimizer.gradients(reached), *counts])
+        with unheard(group):
+            self._sum([each["reached"] for each in told], auc)
+            norm = learner.optimizer.clip()
         self.auc.merge(auc)
         self.trained += sum(each["tokens"] for each in told)
-        norm = learner.optimizer.clip()
         if not math.isfinite(norm):
             learner.optimizer.zero_grad()
             raise NonFiniteLoss("the gradient is not a finite number; lower the learning rate")
         learner.optimizer.step(scale)
         wish = "stop" if any(each["wish"] == "stop" for each in told) else told[0]["wish"]
         return self._figures(sources, told, norm), wish
+
+    def _sum(self, reached: Sequence[str], auc: RunningAuc) -> None:
+        """Add up what the ranks have each accumulated: gradients, and the counts of `auc`."""
+        learner, group = self.learner, self.learner.group
+        if group.size == 1:
+            return
+        counts = [torch.from_numpy(each) for each in auc.counts]
+        if isinstance(learner.policy, ShardedPolicy):
+            drop_unreached(learner.policy, reached)
+            group.sum(counts)
+        else:
+            group.sum([*learner.optimizer.gradients(reached), *counts])
 
     def _accumulate(self, tasks: list[_Task], auc: RunningAuc) -> dict[str, Any]:
         """Forward and backward of the batches; their gradients are left in the optimiser. What the group must know.

@@ -4,11 +4,11 @@ Every piece of work is leased to one worker at a time. A lease ends with its res
 deadline; what was lost goes to another worker, and a result that comes from a lease that ended is dropped, so each
 piece is delivered exactly once.
 
-A unit whose worker died, or did not end in time, may hold a problem that kills. After the second such death it is cut
-in half, each half is played by a worker that plays nothing else, and a half that kills is cut again. A single problem
-is played in a process of its own, so that what ended it is known: only deaths that the process brought on itself
-count, never the loss of a node, an ended lease, or a signal from outside. After `deaths_alone` of them the problem is
-recorded as failed, with the reason, and the run goes on.
+A unit or an evaluation whose worker died, or did not end in time, may hold a problem that kills. After the second such
+death it is cut in half, each half goes to a worker that holds nothing else, and a half that kills is cut again
+(`pieces`). A single problem is searched in a process of its own, so that what ended it is known: only deaths that the
+process brought on itself count, never the loss of a node, an ended lease, or a signal from outside. After
+`deaths_alone` of them the problem is recorded as failed, with the reason, and the run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from selfplay.fleet import (
-    Alone,
     Casualty,
     Cause,
     Evaluated,
@@ -32,16 +31,16 @@ from selfplay.fleet import (
     Ready,
     Record,
     Result,
-    unit_of,
+    Work,
+    work_of,
 )
+from selfplay.pieces import Complete, Job, Whole, cut, isolate
 from selfplay.run_folder import RunError
 from selfplay.worker import EvaluationJob, Played, Unit
 
 log = logging.getLogger(__name__)
 UNITS_PER_WORKER = 2
 """Units that a worker holds at once: the next one's searches start while the last ones of a unit finish."""
-DEATHS_TOGETHER = 2
-"""Deaths under a whole unit before it is cut: one may be chance, or the fault of the unit played beside it."""
 SUSPICIOUS = (Cause.DIED, Cause.EXPIRED)
 """What a problem can do to its worker."""
 OUTSIDE_DEATHS = 20
@@ -49,23 +48,6 @@ OUTSIDE_DEATHS = 20
 LOOKS = 20
 """So many times in the shortest of its patiences the supervisor looks whether one is over: with a thousand workers a
 look costs more than what happens between two of them."""
-
-
-@dataclass(slots=True)
-class Job:
-    """A piece of work that waits or is leased."""
-
-    order: Order
-    whole: Unit | None = None
-    """The unit that this is a part of (or the whole of)."""
-    first: int = 0
-    """Place of its first problem in `whole`."""
-    deaths: int = 0
-    """Of workers that held it."""
-    own_deaths: int = 0
-    outside_deaths: int = 0
-    exclusive: bool = False
-    """Its worker holds nothing else."""
 
 
 @dataclass(slots=True)
@@ -84,18 +66,6 @@ class _Worker:
     leases: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """A unit is played: its pending parts, in the order of its problems (one, unless it was cut)."""
-
-    unit: Unit
-    parts: tuple[Played, ...]
-
-    @property
-    def seconds(self) -> float:
-        return max(part.seconds for part in self.parts)
-
-
 @dataclass(slots=True)
 class Counts:
     """What went wrong so far, and was mended."""
@@ -103,7 +73,7 @@ class Counts:
     restarts: int = 0
     leases_lost: int = 0
     late_results: int = 0
-    cut_units: int = 0
+    cuts: int = 0
     failed_problems: int = 0
 
 
@@ -111,7 +81,7 @@ class Supervisor:
     """Hands work to a fleet until it is done. Not thread-safe: one thread submits and polls.
 
     `clock` gives seconds from any zero, of this machine alone. Raises RunError from `poll` when more workers were
-    lost than the budget `restarts` allows, which each finished unit refills by one.
+    lost than the budget `restarts` allows, which each finished piece of work refills by one.
     """
 
     def __init__(
@@ -141,7 +111,8 @@ class Supervisor:
         self._next_lease = 0
         self._next_look = clock()
         self._waiting: deque[Job] = deque()
-        self._parts: dict[str, dict[int, Played]] = {}  # unit name -> first problem -> what came of the part
+        self._killers: set[str] = set()
+        """Ids of problems that were recorded as failed: evaluations ask the same ones again."""
         self._delivered: list[Complete | Evaluated] = []
         self.strays: list[str] = []
         """Pending files of leases that had ended; nobody will commit them."""
@@ -158,13 +129,13 @@ class Supervisor:
         """Pieces of work that wait or are leased."""
         return len(self._waiting) + len(self._leases)
 
-    def submit(self, order: Unit | EvaluationJob) -> None:
+    def submit(self, work: Work) -> None:
         """Evaluations go before units: the learner may wait for them."""
-        if isinstance(order, EvaluationJob):
-            self._waiting.appendleft(Job(order, exclusive=True))
+        pieces = isolate(Job(work, Whole(work)), self._killers)
+        if isinstance(work, EvaluationJob):
+            self._waiting.extendleft(reversed(pieces))
         else:
-            self._parts[order.name] = {}
-            self._waiting.append(Job(order, whole=order))
+            self._waiting.extend(pieces)
 
     def poll(self, seconds: float) -> list[Complete | Evaluated]:
         """What has been completed, waiting up to `seconds` for something to happen."""
@@ -222,20 +193,17 @@ class Supervisor:
             self._half.setdefault(held[0].version, {})[number] = None
 
     def _version_of(self, job: Job) -> int:
-        if isinstance(job.order, EvaluationJob):
-            return job.order.policy_version
+        work = work_of(job.order)
+        if isinstance(work, EvaluationJob) or job.cut:
+            return work.policy_version  # parts of a unit are played with the same weights
         if self.version is None:
             raise RuntimeError("publish weights before units are played")
-        if job.whole is not None and len(job.whole.problems) != len(unit_of(job.order).problems):
-            return unit_of(job.order).policy_version  # parts of a unit are played with the same weights
         return self.version
 
     def _lease(self, worker: int, job: Job) -> None:
         version = self._version_of(job)
-        if isinstance(job.order, Unit):
-            job.order = replace(job.order, policy_version=version)
-            if job.whole is not None and len(job.whole.problems) == len(job.order.problems):
-                job.whole = job.order
+        if isinstance(job.order, Unit) and not job.cut:
+            job.order = job.whole.work = replace(job.order, policy_version=version)
         lease, self._next_lease = self._next_lease, self._next_lease + 1
         self._leases[lease] = Lease(job, worker, self._clock() + self._lease_seconds, version)
         self._workers[worker].leases.append(lease)
@@ -266,37 +234,31 @@ class Supervisor:
                 raise event.error
 
     def _finish(self, lease: Lease, result: Result) -> None:
-        job = lease.job
-        match result:
-            case Casualty():
-                self._casualty(job, result)
-            case Played():
-                assert job.whole is not None
-                parts = self._parts[job.whole.name]
-                parts[job.first] = result
-                self.restarts_left = min(self._limit, self.restarts_left + 1)
-                if sum(len(part.unit.problems) for part in parts.values()) == len(job.whole.problems):
-                    del self._parts[job.whole.name]
-                    self._delivered.append(Complete(job.whole, tuple(parts[i] for i in sorted(parts))))
-            case _:
-                assert isinstance(job.order, EvaluationJob)
-                self._delivered.append(Evaluated(job.order, result))
+        if isinstance(result, Casualty):
+            self._casualty(lease.job, result)
+            return
+        self.restarts_left = min(self._limit, self.restarts_left + 1)
+        done = lease.job.whole.take(lease.job, result)
+        if done is not None:
+            self._delivered.append(done)
 
     def _casualty(self, job: Job, found: Casualty) -> None:
-        unit = unit_of(job.order)
-        problem = unit.problems[0].id
+        work = work_of(job.order)
+        problem = f"problem {work.problems[0].id} of {job.whole.work.name}"
         if found.own:
             job.own_deaths += 1
         else:
             job.outside_deaths += 1
-        self._say(f"problem {problem}, played alone: {found.reason}")
+        self._say(f"{problem}, alone in its process: {found.reason}")
         if job.own_deaths >= self._deaths_alone:
             self.counts.failed_problems += 1
-            self._say(f"problem {problem} is recorded as failed: {found.reason}")
-            job.order = Record(unit, f"it ended its worker {job.own_deaths} times when played alone: {found.reason}")
+            self._killers.add(work.problems[0].id)
+            self._waiting = deque(piece for waiting in self._waiting for piece in isolate(waiting, self._killers))
+            self._say(f"{problem} is recorded as failed: {found.reason}")
+            job.order = Record(work, f"it ended its process {job.own_deaths} times when it was alone: {found.reason}")
         elif job.outside_deaths >= OUTSIDE_DEATHS:
             raise RunError(
-                f"problem {problem} was killed from outside {OUTSIDE_DEATHS} times, last so: {found.reason}; find out "
+                f"{problem} was killed from outside {OUTSIDE_DEATHS} times, last so: {found.reason}; find out "
                 "what kills it (memory?), then `selfplay resume`"
             )
         self._waiting.appendleft(job)
@@ -333,9 +295,12 @@ class Supervisor:
             )
         self.counts.restarts += 1
         for job in reversed(jobs):
-            if cause in SUSPICIOUS and isinstance(job.order, Unit):
-                job.deaths += 1
-            self._waiting.extendleft(reversed(self._cut(job)))
+            job.deaths += cause in SUSPICIOUS
+            pieces = cut(job)
+            if len(pieces) > 1:
+                self.counts.cuts += 1
+                self._say(f"{_name(job.order)}: cut in half, a problem in it may end its workers")
+            self._waiting.extendleft(reversed(pieces))
 
     def spend_restart(self, why: str) -> None:
         """Take one restart from the budget. Raises RunError, which begins with `why`, where none is left."""
@@ -346,29 +311,11 @@ class Supervisor:
             )
         self.restarts_left -= 1
 
-    def _cut(self, job: Job) -> list[Job]:
-        """The job itself, or its halves where it is suspected of killing."""
-        if not isinstance(job.order, Unit) or job.deaths < (1 if job.exclusive else DEATHS_TOGETHER):
-            return [job]
-        unit, pieces = job.order, [(job.order.problems, job.first)]
-        if len(unit.problems) > 1:
-            self.counts.cut_units += 1
-            self._say(f"{_name(unit)}: cut in half, a problem in it may end its workers")
-            middle = len(unit.problems) // 2
-            pieces = [(unit.problems[:middle], job.first), (unit.problems[middle:], job.first + middle)]
-        parts = [(replace(unit, problems=problems), first) for problems, first in pieces]
-        return [
-            Job(part if len(part.problems) > 1 else Alone(part), job.whole, first, exclusive=True)
-            for part, first in parts
-        ]
-
     def _say(self, line: str) -> None:
         log.warning(line)
         self._note(line)
 
 
 def _name(order: Order) -> str:
-    if isinstance(order, EvaluationJob):
-        return f"an evaluation of {len(order.problems)} problems"
-    unit = unit_of(order)
-    return f"{len(unit.problems)} problems of {unit.name}"
+    work = work_of(order)
+    return f"{len(work.problems)} problem{'s' * (len(work.problems) != 1)} of {work.name}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from selfplay.config import Config
+from selfplay.pieces import Complete
 from selfplay.shards import iter_rows, write_pending
 from selfplay.store import Store, guard
-from selfplay.supervisor import Complete
 from selfplay.worker import Played
 
 

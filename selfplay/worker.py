@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,12 @@ class EvaluationJob:
     search: SearchConfig
     seed: int
     policy_version: int
-    name: str = ""
+    part: str = ""
     """Tells the jobs of one evaluation apart."""
+
+    @property
+    def name(self) -> str:
+        return f"evaluation={self.policy_version:05d}-{self.part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ class Answered:
     seconds: float
     uncounted: int = 0
     """Tokens at most that a server drew and never told of (mcts.budget.Usage)."""
+    given_up: bool = False
+    """The problem ended every process that searched it alone: it counts as not solved."""
 
 
 def stream_seed(*key: object) -> int:
@@ -204,12 +210,15 @@ class Worker:
             seed = stream_seed(self.config.seed, unit.iteration, problem.id, 0)
             yield make_search(problem, self.config.play.search, seed, learning=True)
 
-    def record(self, unit: Unit, reason: str) -> Played:
-        """Write rows that say that the unit's problems could not be played, without playing them."""
-        self._began[unit.name] = time.perf_counter()
+    def record(self, work: Unit | EvaluationJob, reason: str) -> Played | list[Answered]:
+        """The rows or answers that say that the problems could not be searched, without searching them."""
         driver = self._drive()
-        self._results[unit.name] = {i: driver.fail(search, reason) for i, search in enumerate(self._searches(unit))}
-        return self._write(unit)
+        if isinstance(work, EvaluationJob):
+            failed = [driver.fail(search, reason) for search in evaluation_searches(work)]
+            return [replace(summarise(result), given_up=True) for result in failed]
+        self._began[work.name] = time.perf_counter()
+        self._results[work.name] = {i: driver.fail(search, reason) for i, search in enumerate(self._searches(work))}
+        return self._write(work)
 
     def finish(self) -> Played:
         """Work until one unit is finished; write its pending shard."""
@@ -251,10 +260,13 @@ class Worker:
         return evaluate_problems(self.engine, self.task, job, max_open=self.config.play.open_searches)
 
 
+def evaluation_searches(job: EvaluationJob) -> list[Search]:
+    """One per problem; what each does depends on its problem alone, not on the others of the job."""
+    return [make_search(p, job.search, stream_seed(job.seed, "evaluate", p.id), learning=False) for p in job.problems]
+
+
 def evaluate_problems(engine: Any, task: Task, job: EvaluationJob, *, max_open: int) -> list[Answered]:
-    searches = [
-        make_search(p, job.search, stream_seed(job.seed, "evaluate", p.id), learning=False) for p in job.problems
-    ]
+    searches = evaluation_searches(job)
     driver = Driver(engine, task, max_open=max_open)
     answered = {result.seed: summarise(result) for result in driver.run(searches)}
     return [answered[search.seed] for search in searches]

@@ -10,8 +10,8 @@ import ray
 
 from selfplay.cluster.weights import Fetched, Weights, fetch, forget
 from selfplay.config import Config
-from selfplay.fleet import Casualty
-from selfplay.lone import Errand, play_alone
+from selfplay.fleet import Casualty, Part, Work
+from selfplay.lone import Errand, search_alone
 from selfplay.store import Place
 from selfplay.worker import Answered, EvaluationJob, Played, Unit, Worker
 
@@ -54,13 +54,13 @@ class WorkerActor:
     def evaluate(self, job: EvaluationJob) -> list[Answered]:
         return self._worker.evaluate(job)
 
-    def alone(self, unit: Unit) -> Played | Casualty:
+    def alone(self, work: Work) -> Part | Casualty:
         assert self._folder is not None  # weights come before any order
-        errand = Errand(self._config, self._place, self._folder, unit, os.getpid())
-        return play_alone(errand, self._config.cluster.lease_seconds / 2)
+        errand = Errand(self._config, self._place, self._folder, work, os.getpid())
+        return search_alone(errand, self._config.cluster.lease_seconds / 2)
 
-    def record(self, unit: Unit, reason: str) -> Played:
-        return self._worker.record(unit, reason)
+    def record(self, work: Work, reason: str) -> Part:
+        return self._worker.record(work, reason)
 
     def rest(self) -> None:
         """Free the device's memory until the next `load`."""

@@ -7,25 +7,27 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from selfplay.cluster.gauges import Gauges
 from selfplay.cluster.learners import Learners
-from selfplay.cluster.nodes import Nodes, connect, own_error
+from selfplay.cluster.nodes import Nodes, connect
 from selfplay.cluster.proof import prove
 from selfplay.cluster.weights import Weights, publish
 from selfplay.cluster.workers import RayFleet
 from selfplay.config import Config
+from selfplay.crew import CrewLost
 from selfplay.errors import Interrupted, NonFiniteLoss
 from selfplay.executor import Done, Learned, Progress
 from selfplay.fleet import Evaluated
+from selfplay.pieces import Complete
 from selfplay.run_folder import RunError
 from selfplay.store import Place, on_this_node
-from selfplay.supervisor import Complete, Supervisor
+from selfplay.supervisor import Supervisor
 from selfplay.units import join
 from selfplay.worker import EvaluationJob, Unit
 
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.5
 LEARNERS_PATIENCE = 4.0
 """Learners may be silent for so many times `silence_seconds`: loading a model takes them a while."""
+MOST_SAID = 300
+"""Characters of what a learner failed with that are shown."""
 EVENTS_KEPT = 20
 """Lines about what failed that `status` shows."""
 
@@ -74,8 +78,8 @@ class RayExecutor:
         self._learners = learners(config, place)
         self._at: Path | None = None
         """Checkpoint that the learners begin from after a restart; None: from the config."""
-        self._phase: Callable[[], Any] | None = None
-        self._call: Any = None
+        self._phase: Callable[[], Future[Any]] | None = None
+        self._call: Future[Any] | None = None
         self._progress: Progress | None = None
         self._asked = 0.0
         self._started = time.monotonic()
@@ -115,7 +119,7 @@ class RayExecutor:
     def learn(self, iteration: int, shards: Sequence[Path], progress: Progress) -> None:
         self._begin(lambda: self._learners.learn(iteration, shards), progress)
 
-    def _begin(self, phase: Callable[[], Any], progress: Progress) -> None:
+    def _begin(self, phase: Callable[[], Future[Any]], progress: Progress) -> None:
         if self._config.cluster.by_turns:
             self._fleet.rest()
         if self._heard is not None:
@@ -127,7 +131,7 @@ class RayExecutor:
         """Call the learners; `poll` wakes when the answer is there."""
         assert self._phase is not None
         self._call = self._phase()
-        self._call.future().add_done_callback(self._fleet.wake)
+        self._call.add_done_callback(self._fleet.wake)
 
     def poll(self, seconds: float) -> list[Done]:
         done: list[Done] = []
@@ -152,31 +156,29 @@ class RayExecutor:
         return done
 
     def _learning_is_done(self) -> bool:
-        return self._call is not None and bool(ray.wait([self._call], timeout=0)[0])
+        return self._call is not None and self._call.done()
 
     def _take_learned(self) -> Learned | None:
-        """What came of the phase; None where the learners died and it was begun again."""
+        """What came of the phase; None where the learners were lost and it was begun again."""
         call, self._call = self._call, None
+        assert call is not None
         try:
-            return Learned(ray.get(call))
-        except RayTaskError as error:
-            own = own_error(error)
-            if not isinstance(own, NonFiniteLoss | Interrupted):
-                raise own from None
+            return Learned(call.result())
+        except (NonFiniteLoss, Interrupted) as error:
             self._phase = None
-            return Learned({}, own)
-        except RayError as error:
+            return Learned({}, error)
+        except CrewLost as error:
             self._revive(error)
             self._start()
             return None
 
     def _revive(self, error: Exception) -> None:
-        """Learners anew, on the checkpoint that the dead ones began from; within the budget of restarts."""
-        cause = str(error).splitlines()[0][:160]
-        self._supervisor.spend_restart(f"learners keep dying, the last one since {cause}")
+        """Learners anew, on the checkpoint that the lost ones began from; within the budget of restarts."""
+        cause = str(error).splitlines()[0][:MOST_SAID]
+        self._supervisor.spend_restart(f"the learners are lost again and again, the last time because {cause}")
         self._supervisor.counts.restarts += 1
         self._tell(
-            f"a learner died ({cause}); it starts again from "
+            f"learners lost ({cause}); they start again from "
             f"{'the beginning' if self._at is None else f'checkpoint {self._at.name}'} or what the phase saved since; "
             f"{self._supervisor.restarts_left} restarts left"
         )
@@ -185,15 +187,13 @@ class RayExecutor:
         if (at := self._at) is not None:
             self._answer(lambda: self._learners.restore(at))
 
-    def _answer(self, call: Callable[[], Any], before: Callable[[], Any] | None = None) -> Any:
-        """The result of a learner call, made again where the learners die under it: after `before`, where it needs
+    def _answer(self, call: Callable[[], Future[Any]], before: Callable[[], Future[Any]] | None = None) -> Any:
+        """The result of a learner call, made again where the learners are lost under it: after `before`, where it needs
         what they learned since their checkpoint."""
         while True:
             try:
-                return ray.get(call())
-            except RayTaskError as error:
-                raise own_error(error) from None
-            except RayError as error:
+                return call().result()
+            except CrewLost as error:
                 self._revive(error)
                 if before is not None:
                     self._answer(before)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +17,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from selfplay.cluster.nodes import own_error
 from selfplay.config import Config
-from selfplay.group import Alone, Group, GroupLost, TorchGroup, agree, open_door
+from selfplay.crew import Crew, Died
+from selfplay.group import Alone, Group, GroupBroken, GroupLost, TorchGroup, agree, described, open_door
 from selfplay.store import Place
 from selfplay.trainer import Trainer
 
@@ -28,15 +32,16 @@ Where = tuple[str, int]
 LIFE = "life"
 """Concurrency group of the calls that are answered while the learner learns."""
 WAIT_SECONDS = 1800.0
-"""Longest that a learner waits for another, which may be saving. Deaths are noticed long before."""
-LOOK_SECONDS = 1.0
-"""How often the driver looks whether the learners that it does not wait for are well."""
+"""Longest that a learner waits for another between two steps, which may be saving. Errors are told then, and deaths
+noticed, long before."""
+ANSWER_SECONDS = 1.0
+"""Longest that the driver waits to hear how far a phase is."""
 
 
 class LearnerActor:
     """One rank of the learner, in a process of its own.
 
-    An error of one rank is raised on all of them. A rank whose group is broken dies: it could do nothing more.
+    An error of one rank is raised on all of them, where it can be told; otherwise there as GroupBroken.
     """
 
     def __init__(self, config: Config, place: Place, rank: int) -> None:
@@ -44,40 +49,59 @@ class LearnerActor:
         self._place = place
         self._rank = rank
         self._door: socket.socket | None = None
-        self._group: Group = Alone()
+        self._group: Group | None = None
+        """None until it has formed."""
         self._trainer: Trainer | None = None
         self._stopped = False
         self._progress: Progress = (0, 0, {})
 
     def open(self) -> Where:
         """Rank 0 opens the door at which the others meet it."""
-        self._door, where = open_door(ray.util.get_node_ip_address())
+        with self._failing_alone():
+            self._door, where = open_door(ray.util.get_node_ip_address())
         return where
 
     def join(self, where: Where | None) -> None:
         """Form the group; where there is nobody else (None), be alone. The first call."""
-        if where is not None:
-            size, host = self._config.cluster.learners, ray.util.get_node_ip_address()
-            self._group = self._or_die(
-                lambda: TorchGroup(self._rank, size, where, host=host, door=self._door, timeout=WAIT_SECONDS)
+        if where is None:
+            self._group = Alone()
+            return
+        cluster, host = self._config.cluster, ray.util.get_node_ip_address()
+        with self._failing_alone():
+            self._group = TorchGroup(
+                self._rank,
+                cluster.learners,
+                where,
+                host=host,
+                door=self._door,
+                timeout=WAIT_SECONDS,
+                patience=cluster.peer_seconds,
             )
 
-    def _or_die(self, work: Callable[[], T]) -> T:
+    @contextmanager
+    def _failing_alone(self) -> Iterator[None]:
         try:
-            return work()
-        except GroupLost as error:
-            log.error("learner %d lost its group and ends: %s", self._rank, error)
-            os._exit(1)
+            yield
+        except GroupLost:
+            raise
+        except Exception as error:
+            raise GroupBroken(self._rank, described(error)) from error
 
     def _together(self, work: Callable[[Trainer], T]) -> T:
         """Do it as one of the group: done once every rank has done it, and failed if one has."""
         done: list[T] = []
-        self._or_die(lambda: agree(self._group, lambda: done.append(work(self._ready()))))
+        if (group := self._group) is None:
+            raise GroupLost("the group never formed")
+        try:
+            agree(group, lambda: done.append(work(self._ready(group))))
+        except (GroupBroken, GroupLost):
+            log.exception("learner %d can go on no more", self._rank)
+            raise
         return done[0]
 
-    def _ready(self) -> Trainer:
+    def _ready(self, group: Group) -> Trainer:
         if self._trainer is None:
-            self._trainer = Trainer(self._config, self._place, self._group)
+            self._trainer = Trainer(self._config, self._place, group)
         if self._stopped:
             self._trainer.stop()
         return self._trainer
@@ -118,10 +142,10 @@ class LearnerActor:
 
 
 class Learners:
-    """The learners as the driver sees them: each call returns at once with an ObjectRef for the result of rank 0.
+    """The learners as the driver sees them: each call returns at once with a future for the result of rank 0.
 
-    That result is an error if any rank fails: the trainer's own (as the cause of a RayTaskError), or a RayActorError
-    where a rank died; then all of them are killed, and `restart` and `restore` make new ones.
+    That result is an error if any rank fails: the trainer's own, or CrewLost where a rank died or failed alone; then
+    all of them are killed, and `restart` and `restore` make new ones.
     """
 
     def __init__(self, config: Config, place: Place) -> None:
@@ -130,25 +154,20 @@ class Learners:
         cluster = config.cluster
         seat = {"CPU": cluster.learner_cpus, **({"GPU": cluster.learner_gpus} if cluster.learner_gpus else {})}
         self._seats = placement_group([seat] * cluster.learners, strategy="PACK")
-        self._actors: list[Any] = []
-        self._others: list[Any] = []
-        """Calls whose results nobody else waits for."""
-        self._lock = threading.Lock()
-        self._lost = False
         self._stopping = False
-        self._ended = threading.Event()
-        self._looking = threading.Thread(target=self._look, name="learners", daemon=True)
-        self.restart()
-        self._looking.start()
+        self._begin()
 
     @property
     def alive(self) -> bool:
-        """False once a rank is known to have died."""
-        return not self._lost
+        """False once they are known to be of no use any more."""
+        return self._crew.lost is None
 
     def restart(self) -> None:
         """New actors for all ranks, without weights; those that still live are killed."""
-        self._kill()
+        self._end()
+        self._begin()
+
+    def _begin(self) -> None:
         cluster = self._config.cluster
         kind = ray.remote(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, concurrency_groups={LIFE: 1})(
             LearnerActor
@@ -157,36 +176,32 @@ class Learners:
             kind.options(scheduling_strategy=self._seat(rank)).remote(self._config, self._place, rank)
             for rank in range(cluster.learners)
         ]
-        where = actors[0].open.remote() if len(actors) > 1 else None
-        joining = [actor.join.remote(where) for actor in actors]
+        self._actors: list[Any] = actors
+        self._crew = Crew(partial(_kill, actors))
+        self._call("join", actors[0].open.remote() if len(actors) > 1 else None)
         if self._stopping:
             actors[0].stop.remote()
-        with self._lock:
-            self._actors, self._others, self._lost = actors, joining, False
 
     def _seat(self, rank: int) -> PlacementGroupSchedulingStrategy:
         """The place that is kept for a rank while its actor is dead, so that no worker takes it."""
         return PlacementGroupSchedulingStrategy(self._seats, placement_group_bundle_index=rank)
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        first, *others = [getattr(actor, name).remote(*arguments) for actor in self._actors]
-        with self._lock:
-            self._others += others
-        return first
+    def _call(self, name: str, *arguments: Any) -> Future[Any]:
+        return self._crew.call([_answer(getattr(actor, name).remote(*arguments)) for actor in self._actors])
 
-    def warm_up(self) -> Any:
+    def warm_up(self) -> Future[Any]:
         return self._call("warm_up")
 
-    def restore(self, checkpoint: Path) -> Any:
+    def restore(self, checkpoint: Path) -> Future[Any]:
         return self._call("restore", checkpoint)
 
-    def learn(self, iteration: int, shards: Sequence[Path]) -> Any:
+    def learn(self, iteration: int, shards: Sequence[Path]) -> Future[Any]:
         return self._call("learn", iteration, shards)
 
-    def save(self, iteration: int, state: dict[str, Any]) -> Any:
+    def save(self, iteration: int, state: dict[str, Any]) -> Future[Any]:
         return self._call("save", iteration, state)
 
-    def rest(self) -> Any:
+    def rest(self) -> Future[Any]:
         """Free the devices' memory until the next call."""
         return self._call("rest")
 
@@ -198,7 +213,7 @@ class Learners:
     def progress(self) -> Progress | None:
         """How far the phase is; None where a learner does not answer right now."""
         try:
-            found: list[Progress] = ray.get([actor.progress.remote() for actor in self._actors], timeout=LOOK_SECONDS)
+            found: list[Progress] = ray.get([actor.progress.remote() for actor in self._actors], timeout=ANSWER_SECONDS)
         except RayError:
             return None
         return found[0]
@@ -210,40 +225,31 @@ class Learners:
 
     def kill(self) -> None:
         """For good."""
-        self._ended.set()
-        self._kill()
+        self._end()
         remove_placement_group(self._seats)
-        self._looking.join()
 
-    def _kill(self) -> None:
-        with self._lock:
-            self._lost, self._others = True, []
-            for actor in self._actors:
-                ray.kill(actor)
+    def _end(self) -> None:
+        self._crew.close()
+        _kill(self._actors)
 
-    def _look(self) -> None:
-        """In a thread of its own: a group in which one died is ended, so that nobody waits for the dead."""
-        while not self._ended.is_set():
-            with self._lock:
-                waiting = list(self._others)
-            if not waiting:
-                self._ended.wait(LOOK_SECONDS)
-                continue
-            for call in ray.wait(waiting, timeout=LOOK_SECONDS)[0]:
-                self._take(call)
 
-    def _take(self, call: Any) -> None:
-        cause = ""
-        try:
-            ray.get(call)
-        except RayTaskError:
-            pass  # its own error: rank 0 fails with it too
-        except RayError as error:
-            cause = str(error).splitlines()[0]
-        with self._lock:
-            if call not in self._others:
-                return  # of actors that were replaced meanwhile
-            self._others.remove(call)
-        if cause:
-            log.warning("a learner died: %s", cause)
-            self._kill()
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _answer(call: Any) -> Future[Any]:
+    """A call's result or own error; Died where its actor is no more."""
+    answer: Future[Any] = Future()
+
+    def arrived(future: Any) -> None:
+        error = future.exception()
+        if error is None:
+            answer.set_result(future.result())
+        elif isinstance(error, RayTaskError):
+            answer.set_exception(own_error(error))
+        else:
+            answer.set_exception(Died(str(error).strip().splitlines()[0]))
+
+    call.future().add_done_callback(arrived)
+    return answer

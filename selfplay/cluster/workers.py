@@ -29,7 +29,7 @@ from selfplay.fleet import (
     Ready,
     Record,
     Result,
-    unit_of,
+    work_of,
 )
 from selfplay.run_folder import RunError
 from selfplay.store import Place
@@ -89,7 +89,7 @@ class RayFleet:
 
     def send(self, worker: int, lease: int, order: Order) -> None:
         member = self._members[worker]
-        version = order.policy_version if isinstance(order, EvaluationJob) else unit_of(order).policy_version
+        version = work_of(order).policy_version
         if member.version != version:
             member.version = version
             self._watch(worker, member.actor.load.remote(self._weights[version]), self._is_loaded)
@@ -100,10 +100,10 @@ class RayFleet:
                 self._to_finish.add(worker)
             case EvaluationJob():
                 self._watch(worker, member.actor.evaluate.remote(order), partial(self._is_done, lease=lease))
-            case Alone(unit):
-                self._watch(worker, member.actor.alone.remote(unit), partial(self._is_done, lease=lease))
-            case Record(unit, reason):
-                self._watch(worker, member.actor.record.remote(unit, reason), partial(self._is_done, lease=lease))
+            case Alone(work):
+                self._watch(worker, member.actor.alone.remote(work), partial(self._is_done, lease=lease))
+            case Record(work, reason):
+                self._watch(worker, member.actor.record.remote(work, reason), partial(self._is_done, lease=lease))
 
     def kill(self, worker: int) -> None:
         member = self._members.pop(worker, None)

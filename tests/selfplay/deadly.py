@@ -1,8 +1,7 @@
-"""A task whose every seventh training problem ends the process that plays it."""
+"""A task whose every seventh problem of some splits ends the process that searches it."""
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 
@@ -19,11 +18,11 @@ def kills(problem: Problem) -> bool:
 class Deadly(Countdown):
     """Countdown of three numbers with few problems."""
 
-    def __init__(self) -> None:
+    def __init__(self, splits: Sequence[str] = ("train",)) -> None:
         super().__init__(numbers=3, heldout_problems=24, dev_problems=16)
-        self._training = {problem.id for problem in super().problems("train")}
+        self._deadly = {p.id for split in splits for p in super(Deadly, self).problems(split) if kills(p)}
 
     def check_step(self, problem: Problem, steps: Sequence[str]) -> Verdict | None:
-        if problem.id in self._training and kills(problem):
-            os.kill(os.getpid(), signal.SIGSEGV)
+        if problem.id in self._deadly:
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, as a fault would
         return super().check_step(problem, steps)

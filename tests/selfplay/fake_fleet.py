@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mcts.types import Problem
 from selfplay.config import Part, SearchConfig
@@ -17,10 +18,10 @@ from selfplay.fleet import (
     Order,
     Ready,
     Record,
-    unit_of,
+    work_of,
 )
 from selfplay.supervisor import Supervisor
-from selfplay.worker import EvaluationJob, Played, Unit
+from selfplay.worker import Answered, EvaluationJob, Played, Unit
 
 BEAT = 5.0
 
@@ -30,16 +31,22 @@ def make_unit(part: int, problems: int = 8, iteration: int = 1) -> Unit:
     return Unit(iteration, part, tuple(Problem(id=name, prompt=name) for name in names), 0)
 
 
-def make_evaluation(name: str) -> EvaluationJob:
+def make_evaluation(part: str, problems: int = 1, version: int = 0) -> EvaluationJob:
     search = SearchConfig(strategy=Part(name="best_of_n"), budget=8)
-    return EvaluationJob((Problem(id=name, prompt=name),), search, 0, 0)
+    names = [f"{part}-{k}" for k in range(problems)]
+    return EvaluationJob(tuple(Problem(id=name, prompt=name) for name in names), search, 0, version, part)
+
+
+def answer_of(problem: Problem, failed: str | None = None) -> Answered:
+    won = failed is None
+    return Answered(problem.id, won, "correct" if won else "none", False, 8, 1, won, 2, 2, failed, 0.1, not won)
 
 
 class FakeFleet:
     """Each worker plays one order at a time, `seconds` per problem; `deadly` problems end the worker that plays them.
 
     Attributes may be changed while it runs: `size` for nodes that join and leave, `frozen` for workers that stop
-    without ending.
+    without ending; `strikes` for problems alone that are killed from outside before one ends by itself.
     """
 
     def __init__(self, size: int, *, seconds: float = 1.0, deadly: Sequence[str] = ()) -> None:
@@ -49,6 +56,7 @@ class FakeFleet:
         self.now = 0.0
         self.living: dict[int, list[tuple[int, Order]]] = {}  # worker: its orders
         self.frozen: set[int] = set()
+        self.strikes = 0
         self.busy: dict[int, float] = {}  # worker: when its first order is done
         self.queue: list[FleetEvent] = []
         self.sent: list[tuple[int, Order]] = []
@@ -59,9 +67,9 @@ class FakeFleet:
     def clock(self) -> float:
         return self.now
 
-    def supervisor(self, **settings: float) -> Supervisor:
+    def supervisor(self, **settings: Any) -> Supervisor:
         chosen = {"restarts": 8, "lease_seconds": 1000.0, "silence_seconds": 30.0, "deaths_alone": 2, **settings}
-        supervisor = Supervisor(self, self.clock, **chosen)  # type: ignore[arg-type]
+        supervisor = Supervisor(self, self.clock, **chosen)
         supervisor.version = 0
         return supervisor
 
@@ -83,8 +91,7 @@ class FakeFleet:
     def _cost(self, order: Order) -> float:
         if isinstance(order, Record):
             return 0.1
-        problems = order.problems if isinstance(order, EvaluationJob) else unit_of(order).problems
-        return self.seconds * len(problems)
+        return self.seconds * len(work_of(order).problems)
 
     def kill(self, worker: int) -> None:
         self.living.pop(worker, None)
@@ -112,14 +119,15 @@ class FakeFleet:
         del self.busy[worker]
         if self.living[worker]:
             self.busy[worker] = self.now + self._cost(self.living[worker][0][1])
-        if isinstance(order, EvaluationJob):
-            self.queue.append(Finished(worker, lease, []))
-            return
-        unit = unit_of(order)
-        kills = any(problem.id in self.deadly for problem in unit.problems) and not isinstance(order, Record)
+        work = work_of(order)
+        kills = any(problem.id in self.deadly for problem in work.problems) and not isinstance(order, Record)
         if kills and isinstance(order, Alone):
-            self.queue.append(Finished(worker, lease, Casualty("signal SIGSEGV", own=True)))
+            own, self.strikes = self.strikes == 0, max(0, self.strikes - 1)
+            self.queue.append(Finished(worker, lease, Casualty("signal SIGSEGV" if own else "signal SIGKILL", own=own)))
         elif kills:
             self.die(worker)
+        elif isinstance(work, EvaluationJob):
+            reason = order.reason if isinstance(order, Record) else None
+            self.queue.append(Finished(worker, lease, [answer_of(problem, reason) for problem in work.problems]))
         else:
-            self.queue.append(Finished(worker, lease, Played(unit, f"{unit.name}-{lease}", 1.0)))
+            self.queue.append(Finished(worker, lease, Played(work, f"{work.name}-{lease}", 1.0)))

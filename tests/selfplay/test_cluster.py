@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from selfplay.run_folder import read_metrics
+from selfplay.run_folder import TIMING_COLUMNS, read_metrics
 from selfplay.shards import iter_rows
-from tests.selfplay.deadly import EVERY
+from tests.selfplay.deadly import EVERY, Deadly, kills
+from tests.selfplay.failing import CAUSE
 from tests.selfplay.test_resume import ENVIRONMENT, ROOT, outcome, run_child
 from tests.selfplay.tiny_run import CONFIG
 
 pytestmark = pytest.mark.cluster
-DEADLY = "task: {name: tests.selfplay.deadly.Deadly}"
+DEADLY = "task: {name: tests.selfplay.deadly.Deadly, splits: [train, heldout, dev]}"
 
 
 def test_two_ray_workers_and_a_killed_one_give_what_one_process_gives(tmp_path: Path) -> None:
@@ -68,10 +69,11 @@ def test_a_ray_job_killed_as_a_whole_and_resumed_gives_what_one_process_gives(tm
 
 
 @pytest.mark.slow
-def test_a_problem_that_kills_its_worker_is_found_and_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_problems_that_kill_their_workers_are_found_and_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
     config = tmp_path / "deadly.yaml"
     text = CONFIG.replace("task: {name: countdown, numbers: 3, heldout_problems: 24, dev_problems: 16}", DEADLY)
     text = text.replace("executor: inline", "executor: ray, workers: 2, restarts: 40")
+    text = text.replace("steps: 12", "steps: 150")  # before it knows the form of a step none is judged
     config.write_text(text.replace("iterations: 2", "iterations: 1"), encoding="utf-8")
     command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
@@ -83,6 +85,33 @@ def test_a_problem_that_kills_its_worker_is_found_and_recorded_and_the_run_goes_
     assert failed
     assert set(failed) <= deadly  # one whose steps were never judged killed nobody
     assert all("SIGSEGV" in why for why in failed.values())
+    measured = [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in read_metrics(tmp_path / "run")]
+    for split in ("heldout", "dev"):
+        most = sum(kills(problem) for problem in Deadly().problems(split))
+        assert all(0 < row[f"{split}_failed"] <= most for row in measured)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])  # as if killed in the last evaluation
+    command[2:] = ["selfplay", "resume", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in read_metrics(tmp_path / "run")]
+    assert again == measured
+
+
+@pytest.mark.slow
+def test_a_sharded_learner_that_fails_alone_is_named_with_its_error_and_the_run_goes_on(tmp_path: Path) -> None:
+    config, marker = tmp_path / "failing.yaml", tmp_path / "failed"
+    failing = f"task: {{name: tests.selfplay.failing.Failing, marker: {marker}}}"
+    text = CONFIG.replace("task: {name: countdown, numbers: 3, heldout_problems: 24, dev_problems: 16}", failing)
+    cluster = "executor: ray, workers: 1, worker_cpus: 0.5, learners: 2, learner_cpus: 0.5, sharding: fsdp2"
+    config.write_text(text.replace("executor: inline", cluster).replace("iterations: 2", "iterations: 1"))
+    command = [sys.executable, "-m", "selfplay", "launch", str(config), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert marker.exists()
+    assert f"learners lost (learner 1 failed: {CAUSE}); they start again from the beginning" in said
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run")] == [0, 1]
 
 
 def kill_all(driver: int) -> None:

@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfplay.fleet import Alone, Cause, Evaluated, Record, unit_of
+from selfplay.fleet import Alone, Cause, Evaluated, Record, Work, work_of
+from selfplay.pieces import Complete
 from selfplay.run_folder import RunError
-from selfplay.supervisor import LOOKS, Complete, Supervisor
-from selfplay.worker import EvaluationJob, Unit
+from selfplay.supervisor import LOOKS, Supervisor
+from selfplay.worker import EvaluationJob
 from tests.selfplay.fake_fleet import FakeFleet, make_evaluation, make_unit
 
 
-def run(supervisor: Supervisor, units: list[Unit], most: int = 5000) -> list[Complete]:
+def run(supervisor: Supervisor, works: Sequence[Work], most: int = 5000) -> list[Complete | Evaluated]:
     """Submit and poll until all is delivered."""
-    for unit in units:
-        supervisor.submit(unit)
-    found: list[Complete] = []
+    for work in works:
+        supervisor.submit(work)
+    found: list[Complete | Evaluated] = []
     for _ in range(most):
-        found += [done for done in supervisor.poll(1.0) if isinstance(done, Complete)]
-        if len(found) >= len(units) and not supervisor.outstanding:
+        found += supervisor.poll(1.0)
+        if len(found) >= len(works) and not supervisor.outstanding:
             return found
-    raise AssertionError(f"{len(units) - len(found)} units never came")
+    raise AssertionError(f"{len(works) - len(found)} pieces of work never came")
 
 
-def problems_of(done: Complete) -> list[str]:
+def of(done: Complete | Evaluated) -> Work:
+    return done.unit if isinstance(done, Complete) else done.job
+
+
+def problems_of(done: Complete | Evaluated) -> list[str]:
+    if isinstance(done, Evaluated):
+        return [answer.problem_id for answer in done.answers]
     return [problem.id for part in done.parts for problem in part.unit.problems]
 
 
-def assert_each_once(found: list[Complete], units: list[Unit]) -> None:
-    assert Counter(done.unit.name for done in found) == Counter(unit.name for unit in units)
-    wanted = {unit.name: [problem.id for problem in unit.problems] for unit in units}
+def assert_each_once(found: list[Complete | Evaluated], works: Sequence[Work]) -> None:
+    assert Counter(of(done).name for done in found) == Counter(work.name for work in works)
+    wanted = {work.name: work for work in works}
     for done in found:
-        assert problems_of(done) == wanted[done.unit.name]
+        assert problems_of(done) == [problem.id for problem in wanted[of(done).name].problems]
+        if isinstance(done, Evaluated):
+            assert done.job == wanted[done.job.name]
+
+
+def given_up(found: list[Complete | Evaluated]) -> set[str]:
+    answers = [answer for done in found if isinstance(done, Evaluated) for answer in done.answers]
+    return {answer.problem_id for answer in answers if answer.given_up}
 
 
 def test_undisturbed_workers_hold_two_units_and_lose_nothing() -> None:
@@ -108,7 +123,7 @@ def test_a_worker_without_room_or_with_another_version_gets_nothing_among_many()
     supervisor.poll(1.0)
     supervisor.poll(1.0)
     assert {len(orders) for orders in fleet.living.values()} == {2}
-    versions = {w: {unit_of(o).policy_version for _, o in orders} for w, orders in fleet.living.items()}
+    versions = {w: {work_of(o).policy_version for _, o in orders} for w, orders in fleet.living.items()}
     assert [w for w, held in versions.items() if held == {1}] == [40, 41]
     assert all(held == {0} for w, held in versions.items() if w < 40)
 
@@ -122,20 +137,60 @@ def test_a_lease_that_runs_out_goes_to_another_worker() -> None:
     assert supervisor.counts.leases_lost == 2
 
 
+KINDS = {"play": make_unit, "evaluation": lambda part: make_evaluation(f"heldout-{part}", problems=8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", range(8))
-def test_a_problem_that_kills_is_found_recorded_as_failed_and_all_others_are_played(place: int) -> None:
-    units = [make_unit(part) for part in range(5)]
-    deadly = units[2].problems[place].id
+def test_a_problem_that_kills_is_found_recorded_as_failed_and_all_others_are_searched(place: int, kind: str) -> None:
+    works: list[Work] = [KINDS[kind](part) for part in range(5)]
+    deadly = works[2].problems[place].id
     fleet = FakeFleet(2, deadly=[deadly])
-    supervisor = fleet.supervisor()
-    found = run(supervisor, units)
-    assert_each_once(found, units)
+    said: list[str] = []
+    supervisor = fleet.supervisor(note=said.append)
+    found = run(supervisor, works)
+    assert_each_once(found, works)
+    assert given_up(found) == ({deadly} if kind == "evaluation" else set())
+    assert f"problem {deadly} of {works[2].name} is recorded as failed: signal SIGSEGV" in said
     recorded = [order for _, order in fleet.sent if isinstance(order, Record)]
-    assert [problem.id for order in recorded for problem in order.unit.problems] == [deadly]
+    assert [problem.id for order in recorded for problem in order.work.problems] == [deadly]
     assert "SIGSEGV" in recorded[0].reason
     assert supervisor.counts.failed_problems == 1
-    alone = [unit_of(order).problems[0].id for _, order in fleet.sent if isinstance(order, Alone)]
+    alone = [work_of(order).problems[0].id for _, order in fleet.sent if isinstance(order, Alone)]
     assert alone.count(deadly) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_problem_fails_by_deaths_that_it_brought_on_itself_and_by_no_others(kind: str) -> None:
+    work = KINDS[kind](0)
+    fleet = FakeFleet(2, deadly=[work.problems[5].id])
+    fleet.strikes = 7
+    supervisor = fleet.supervisor(deaths_alone=3)
+    assert_each_once(run(supervisor, [work]), [work])
+    alone = [work_of(order).problems[0] for _, order in fleet.sent if isinstance(order, Alone)]
+    assert alone.count(work.problems[5]) == 7 + 3
+    recorded = [order.reason for _, order in fleet.sent if isinstance(order, Record)]
+    assert recorded == ["it ended its process 3 times when it was alone: signal SIGSEGV"]
+
+
+def test_a_problem_that_one_evaluation_found_ends_no_worker_of_the_next_and_is_tried_again() -> None:
+    deadly = ["dev-0", "dev-3", "dev-4"]
+    fleet = FakeFleet(1, deadly=deadly)
+    supervisor = fleet.supervisor(restarts=20)
+    waits, first, last = (make_evaluation("dev", problems=6, version=version) for version in (0, 1, 2))
+    run(supervisor, [first])
+    lost = supervisor.counts.restarts
+    assert lost
+    fleet = FakeFleet(1, deadly=deadly)
+    supervisor = fleet.supervisor(restarts=20)
+    found = run(supervisor, [waits, first])
+    assert_each_once(found, [waits, first])
+    assert given_up(found) == set(deadly)
+    fleet.deadly -= {"dev-3"}  # other weights take other steps
+    found = run(supervisor, [last])
+    assert_each_once(found, [last])
+    assert given_up(found) == {"dev-0", "dev-4"}
+    assert supervisor.counts.restarts == lost
 
 
 def test_two_problems_that_kill_in_one_unit_are_both_found() -> None:
@@ -235,7 +290,7 @@ def test_a_worker_never_holds_two_versions() -> None:
         if fleet.now > 9.0:
             supervisor.version = 1
         for orders in fleet.living.values():
-            held = {unit_of(order).policy_version for _, order in orders}
+            held = {work_of(order).policy_version for _, order in orders}
             assert len(held) <= 1
             versions |= held
     assert versions == {0, 1}
@@ -247,8 +302,9 @@ def test_whatever_happens_each_unit_comes_once_and_only_what_kills_fails(
     seed: int, workers: int, n_units: int, n_deadly: int
 ) -> None:
     chance = random.Random(seed)
-    units = [make_unit(part, problems=chance.randint(1, 9)) for part in range(n_units)]
-    deadly = {chance.choice(chance.choice(units).problems).id for _ in range(n_deadly)}
+    works: list[Work] = [make_unit(part, problems=chance.randint(1, 9)) for part in range(n_units)]
+    works += [make_evaluation(f"dev-{part}", problems=chance.randint(1, 9)) for part in range(chance.randint(0, 4))]
+    deadly = {chance.choice(chance.choice(works).problems).id for _ in range(n_deadly)}
     fleet = FakeFleet(workers, deadly=list(deadly))
 
     def disturb() -> None:
@@ -262,6 +318,8 @@ def test_whatever_happens_each_unit_comes_once_and_only_what_kills_fails(
 
     fleet.disturb = disturb
     supervisor = fleet.supervisor(restarts=10**6)
-    assert_each_once(run(supervisor, units, most=20000), units)
-    recorded = {o.unit.problems[0].id for _, o in fleet.sent if isinstance(o, Record)}
+    found = run(supervisor, works, most=20000)
+    assert_each_once(found, works)
+    recorded = {o.work.problems[0].id for _, o in fleet.sent if isinstance(o, Record)}
     assert recorded == deadly
+    assert given_up(found) == {name for name in deadly if name.startswith("dev")}
