@@ -103,7 +103,8 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a file or folder; gone at once for readers. Nothing to do where there is none. Raises RunError."""
+        """Delete a file or folder, and folders above it that are left empty, but for the run's own; gone at once for
+        readers. Nothing to do where there is none. Raises RunError."""
         ...
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from selfplay.disk import sync_path
@@ -149,6 +149,10 @@ class DiskStore:
                 shutil.rmtree(gone)
             else:
                 gone.unlink()
+            if not name.startswith(f"{PENDING}/"):
+                with suppress(OSError):  # something is left in it
+                    for folder in PurePosixPath(name).parents[:-2]:
+                        (self.root / folder).rmdir()
 
     def check(self) -> None:
         run, host = self.root, socket.gethostname()
