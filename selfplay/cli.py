@@ -230,7 +230,7 @@ def solve(
 
 @app.command(epilog="Example: selfplay reanalyse runs/first --last 3")
 def reanalyse(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     checkpoint: Annotated[int | None, typer.Option(help="whose weights; default the newest", min=0)] = None,
     last: Annotated[int | None, typer.Option(help="iterations, counted from the newest; default all", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
