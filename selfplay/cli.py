@@ -150,7 +150,7 @@ def inspect(
     from selfplay.inspect import inspect_path
     from selfplay.store import local_copy
 
-    folder = local_copy(path, "traces")
+    folder = local_copy(path, "traces", "reanalysis")
     view = inspect_path(folder, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
     if as_json:
         print(json.dumps(view.data))

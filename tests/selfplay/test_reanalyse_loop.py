@@ -128,12 +128,19 @@ def test_a_run_in_object_storage_is_scored_there(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go(RunFolder.create(s3_url, tiny_config("iterations=1", "evaluate.samples=0")))
-    monkeypatch.setattr(sys, "argv", ["selfplay", "reanalyse", s3_url, "--json"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert json.loads(capsys.readouterr().out)["made"] == 3
+
+    def command(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["selfplay", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    assert json.loads(command("reanalyse", s3_url, "--json")[0])["made"] == 3
     names = [found.key for found in Bucket(s3_url).list("reanalysis/")]
     assert names == [f"reanalysis/version=00001/iteration=00001/part-{part:05d}.arrow" for part in range(3)]
+    (row,) = json.loads(command("inspect", s3_url, "--json")[0])["summary"]
+    assert (row["newer"]["versions"], row["newer"]["searches"]) == ([1], row["searches"])
+    assert "holds no traces, only what newer weights say" in command("inspect", f"{s3_url}/reanalysis")[1]
     monkeypatch.setenv("SELFPLAY_CACHE", str(local_copy(s3_url, "run.json").parent / "other-node"))
     assert list(examine(whole_copy(s3_url))) == []
 
