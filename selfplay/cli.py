@@ -150,7 +150,7 @@ def inspect(
     from selfplay.inspect import inspect_path
     from selfplay.store import local_copy
 
-    folder = local_copy(path, "traces")
+    folder = local_copy(path, "traces", "reanalysis")
     view = inspect_path(folder, trace=trace, where=where, sort=sort, limit=limit, sample=sample, seed=seed)
     if as_json:
         print(json.dumps(view.data))
@@ -230,7 +230,7 @@ def solve(
 
 @app.command(epilog="Example: selfplay reanalyse runs/first --last 3")
 def reanalyse(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Annotated[str, typer.Argument(help="run folder, or s3://BUCKET/PREFIX")],
     checkpoint: Annotated[int | None, typer.Option(help="whose weights; default the newest", min=0)] = None,
     last: Annotated[int | None, typer.Option(help="iterations, counted from the newest; default all", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

@@ -49,7 +49,7 @@ def _wanted(schema: pa.Schema, columns: Iterable[str]) -> dict[str, list[str] | 
 
 
 def pick(array: pa.Array, fields: list[str] | None) -> pa.Array:
-    """Only `fields` of a struct array or of a list of structs."""
+    """Only `fields` of a struct array or of a list of structs; a null list stays null."""
     if fields is None:
         return array
     is_list = pa.types.is_list(array.type)
@@ -66,8 +66,9 @@ def pick(array: pa.Array, fields: list[str] | None) -> pa.Array:
     lengths = array.value_lengths().to_pylist()
     offsets = [0]
     for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
+        offsets.append(offsets[-1] + (length or 0))
+    mask = array.is_null() if array.null_count else None
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct, mask=mask)
 
 
 def select(batch: pa.RecordBatch, where: Predicate | None) -> pa.RecordBatch:

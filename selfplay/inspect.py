@@ -20,9 +20,18 @@ from rich.console import Group, RenderableType
 from mcts.types import SearchResult
 from selfplay.columns import project, select
 from selfplay.errors import UserError
-from selfplay.render_tables import play_table, sample_panel, trace_panel, trace_table, tree_table, value_table
+from selfplay.render_tables import (
+    newer_table,
+    play_table,
+    sample_panel,
+    trace_panel,
+    trace_table,
+    tree_table,
+    value_table,
+)
 from selfplay.render_tree import draw_tree, node_q
-from selfplay.shards import iter_batches, iter_rows, list_shards
+from selfplay.shards import iter_rows, list_shards, trace_batches
+from selfplay.side_values import NewerValues
 from selfplay.trace_stats import COLUMNS, TraceStats
 from selfplay.traces import unsigned
 from selfplay.tree_rows import Row, nodes_of
@@ -67,7 +76,8 @@ def inspect_path(
 ) -> Inspection:
     """Look into `path`: a run, a folder of shards, or one shard.
 
-    By default `data` holds `summary` (a row per iteration, see `trace_stats`) and `traces`, the first `limit`
+    By default `data` holds `summary` (a row per iteration, see `trace_stats`, and under `newer` how the newest weights
+    that scored it again value its trees, see `side_values`, None where none did) and `traces`, the first `limit`
     (None: all) of those that `where` admits, by `sort`: a name of the filter language, descending after a minus
     sign; nulls come last. `trace` asks for one trace by a prefix of its id (`data["trace"]`: the row, with JSON
     columns parsed and `q` per node), `sample` for that many random wins (`data["samples"]`), the same ones for
@@ -93,21 +103,28 @@ def show_overview(path: Path, *, where: Predicate | None, sort: str | None, limi
     """Figures per iteration and the list of traces, both of the rows that `where` admits."""
     descending = sort is not None and sort.startswith("-")
     key = resolve(sort.removeprefix("-")) if sort is not None else None
-    stats = TraceStats()
-    rows = _read(path, where, stats, [*LISTED, *(key.columns if key is not None else ())])
+    stats, newer = TraceStats(), NewerValues()
+    rows = _read(path, where, stats, newer, [*LISTED, *(key.columns if key is not None else ())])
     listed = [_listed(row) for row in _pick(rows, key, descending=descending, limit=limit)]
-    summary = stats.rows()
+    again = newer.rows()
+    summary = [{**row, "newer": again.get(row["iteration"])} for row in stats.rows()]
     total = sum(row["searches"] for row in summary)
-    tables = [play_table(summary), tree_table(summary), value_table(summary), trace_table(listed, total)]
+    tables = [play_table(summary), tree_table(summary), value_table(summary)]
+    tables += [newer_table(summary)] if again else []
+    tables += [trace_table(listed, total)]
     return Inspection({"summary": summary, "matching": total, "traces": listed}, Group(*tables))
 
 
-def _read(path: Path, where: Predicate | None, stats: TraceStats, columns: list[str]) -> Iterator[Row]:
-    """Rows with `columns` that `where` admits; `stats` has counted them once the iterator has ended."""
+def _read(
+    path: Path, where: Predicate | None, stats: TraceStats, newer: NewerValues, columns: list[str]
+) -> Iterator[Row]:
+    """Rows with `columns` that `where` admits; `stats` and `newer` have counted them once the iterator has ended."""
     for shard in list_shards(path):
-        for batch in iter_batches(shard):
+        newer.begin(shard)
+        for batch in trace_batches(shard):
             kept = select(batch, where)
             stats.add(project(kept, COLUMNS))
+            newer.add(project(kept, ["trace_id", *COLUMNS]))
             yield from project(kept, columns).to_pylist()
 
 

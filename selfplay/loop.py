@@ -27,9 +27,9 @@ from selfplay.executor import Executor, Learned
 from selfplay.fleet import Evaluated
 from selfplay.problems import SolveRates, draw_problems
 from selfplay.repair import incomplete, replayable
-from selfplay.retention import checkpoints_gone, resume_points, traces_gone
+from selfplay.retention import checkpoints_gone, delete_traces, resume_points
 from selfplay.run_folder import RunFolder
-from selfplay.shards import ReplayWindow, list_shards, shard_key, shard_path, trace_ages
+from selfplay.shards import ReplayWindow, list_shards, shard_key, shard_path
 from selfplay.stats import wilson
 from selfplay.summary import PlaySummary, merge, summarise_shards
 from selfplay.worker import Played, Unit, stream_seed, units_of
@@ -369,9 +369,7 @@ class Loop:
         }
         for number in checkpoints_gone(numbers, rows, keep, staleness=staleness, needed=needed):
             store.remove(checkpoints.name_of(number).as_posix())
-        ages = trace_ages(store.listing("traces"))
-        for old in traces_gone(ages, numbers, keep, window=self.config.learn.window, staleness=staleness):
-            store.remove(f"traces/iteration={old:05d}")
+        delete_traces(store, numbers, keep, window=self.config.learn.window, staleness=staleness)
 
 
 def last_good(rows: Sequence[dict[str, Any]], *, default: int) -> int:

@@ -13,12 +13,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from selfplay.s3 import Bucket
 from selfplay.store import PENDING, RunError
 
 STATE = "state.json"
 """The last file of a checkpoint: it comes last and goes first, so that a checkpoint here is whole or does not exist."""
+LOOKS: Final = 5
+"""Most times that is looked at what others change at the same time."""
 
 
 def cache_root() -> Path:
@@ -35,25 +38,34 @@ class Mirror:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", bucket.url.removeprefix("s3://"))[-80:]
         self.root = cache_root() / f"{name}-{run_id[:16]}"
         self._etags = self.root / ".etags"
+        self._incoming = self.root / ".incoming"
+        """Files that are being fetched; folders of the run may be taken away while they are."""
         with told_local(self.root):
-            self._etags.mkdir(parents=True, exist_ok=True)
+            for folder in (self._etags, self._incoming):
+                folder.mkdir(parents=True, exist_ok=True)
 
     def pull(self, name: str, only: Callable[[str], bool] = lambda _: True) -> Path:
         """Fetch what changed below `name` (a file or a folder; an empty one means all that is not pending), of those
-        names that `only` admits; delete what is gone."""
+        names that `only` admits; delete what is gone. What others put meanwhile, and moved here, stays as it is."""
+        for _ in range(LOOKS):
+            there = self._there(name)
+            for known in self._known(name):
+                if known not in there:
+                    self.forget(known)
+            wanted = sorted((k for k in there if only(k)), key=lambda k: (k.endswith(f"/{STATE}"), k))
+            if all([self._fetch(key, there[key]) for key in wanted]):  # noqa: C419 - not only up to the first one
+                break
+        return self.root / name
+
+    def _there(self, name: str) -> dict[str, str]:
+        """The etags of all objects below `name`, as of now."""
         inside = f"{name}/" if name else ""
-        there = {
+        return {
             found.key: found.etag
             for found in self._bucket.list(name)
             if (found.key == name or found.key.startswith(inside))
             and found.key.startswith(f"{PENDING}/") == name.startswith(f"{PENDING}/")
         }
-        for known in self._known(name):
-            if known not in there:
-                self.forget(known)
-        for key in sorted((k for k in there if only(k)), key=lambda k: (k.endswith(f"/{STATE}"), k)):
-            self._fetch(key, there[key])
-        return self.root / name
 
     def _known(self, name: str) -> list[str]:
         """Names below `name` that were fetched; those of a checkpoint's last file first."""
@@ -62,51 +74,84 @@ class Mirror:
         names = [p.relative_to(self._etags).as_posix() for p in files if p.is_file() and p.suffix != ".lock"]
         return sorted(names, key=lambda n: (not n.endswith(f"/{STATE}"), n))
 
-    def _fetch(self, name: str, etag: str) -> None:
+    def _fetch(self, name: str, etag: str) -> bool:
+        """Have a copy of the object that was listed with `etag`, or of the one that took its place since. False for
+        the last file of a checkpoint that was replaced since: the files before it may be the old one's."""
         if self._current(name, etag):
-            return
-        if not name.endswith(f"/{STATE}"):
+            return True
+        last = name.endswith(f"/{STATE}")
+        if not last:
             for folder in PurePosixPath(name).parents:
-                self.forget(f"{folder}/{STATE}")
+                self._drop(f"{folder}/{STATE}")
         with self._locked(name):
             if self._current(name, etag):  # another process fetched it while we waited
-                return
-            target = self.root / name
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:16]}.tmp")
+                return True
+            temporary = self._incoming / uuid.uuid4().hex
             with told_local(self.root):
-                target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     found = self._bucket.download(name, temporary)
-                    if found is not None:  # it was deleted since it was listed
-                        os.replace(temporary, target)
-                        self._note(name, found)
+                    if found is not None and (found == etag or not last):  # None: it was deleted since it was listed
+                        self._place(temporary, name, found)
                 finally:
                     temporary.unlink(missing_ok=True)
+        return found == etag or not last
 
     def adopt(self, name: str, source: Path, etag: str) -> None:
         """Move `source`, which this process uploaded as `name`, into its place."""
         with self._locked(name), told_local(self.root):
-            target = self.root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
-            self._note(name, etag)
+            self._place(source, name, etag)
+
+    def _place(self, source: Path, name: str, etag: str) -> None:
+        """Move a file to its name; the caller holds its lock."""
+        target = self.root / name
+        for left in reversed(range(LOOKS)):
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+                break
+            except FileNotFoundError:  # another process forgot what was in that folder, and so the folder
+                if not left:
+                    raise
+        self._note(name, etag)
 
     def forget(self, name: str) -> None:
-        """Delete the copy of an object, if there is one."""
-        if not (self._etags / name).exists():
+        """Delete the copy, if there is one, of an object that is gone. Whoever puts an object moves its copy here after
+        that, so a caller's listing may be older than the copy: the object itself is asked."""
+        if self._noted(name) is None:
             return
-        with self._locked(name), told_local(self.root):
+        with self._locked(name):
+            if self._bucket.etag(name) is None:
+                self._unlink(name)
+
+    def _drop(self, name: str) -> None:
+        """Delete the copy of an object, if there is one, whether the object is gone or not."""
+        if self._noted(name) is not None:
+            with self._locked(name):
+                self._unlink(name)
+
+    def _unlink(self, name: str) -> None:
+        with told_local(self.root):
             (self.root / name).unlink(missing_ok=True)
             (self._etags / name).unlink(missing_ok=True)
+            if name.startswith(f"{PENDING}/"):
+                return  # an epoch's own folder stays as long as the epoch
             with suppress(OSError):  # others may be left in them
                 for folder in PurePosixPath(name).parents[:-1]:
                     (self.root / folder).rmdir()
 
     def _current(self, name: str, etag: str) -> bool:
-        try:
-            return (self._etags / name).read_text() == etag and (self.root / name).is_file()
-        except FileNotFoundError:
+        """Whether the copy is of the object that was listed with `etag`, or of the one that took its place since."""
+        noted = self._noted(name)
+        if noted is None or not (self.root / name).is_file():
             return False
+        return noted == etag or noted == self._bucket.etag(name)
+
+    def _noted(self, name: str) -> str | None:
+        """The etag of the object that the file here is a copy of; None for a file of this node's own, or none."""
+        try:
+            return (self._etags / name).read_text()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
 
     def _note(self, name: str, etag: str) -> None:
         beside = self._etags / name

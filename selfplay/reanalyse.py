@@ -36,9 +36,9 @@ from selfplay.items import depth_first, from_tree
 from selfplay.objectives.base import Models
 from selfplay.packing import Item, PackingError
 from selfplay.run_folder import RunFolder
-from selfplay.shards import ShardError, iter_traces, list_shards, read_metadata, shard_key, write_pending
+from selfplay.shards import ShardError, iter_rows, iter_traces, list_shards, read_metadata, shard_key, write_pending
 from selfplay.side_rows import KIND, SIDE_SCHEMA, side_path
-from selfplay.store import Store, guard
+from selfplay.store import Store, guard, local_copy
 from selfplay.traces import Trace
 from selfplay.tree_rows import Row, float32s, tree_of
 
@@ -243,9 +243,11 @@ class Report:
 
     version: int
     shards: int
-    """With a side file now."""
+    """With a side file by that version now."""
     made: int
     """Of them, made by this call."""
+    newer: int
+    """Left out: newer weights had played them."""
     seconds: float
 
 
@@ -256,8 +258,9 @@ Progress = Callable[[int, int], None]
 def reanalyse_path(
     path: Path | str, *, checkpoint: int | None = None, last: int | None = None, progress: Progress | None = None
 ) -> Report:
-    """`reanalyse_run` on a run that no driver holds; what its last driver said of itself is said again."""
-    home = Path(path) / heartbeat.FILE
+    """`reanalyse_run` on a run that no driver holds, in a folder or at a URL; what its last driver said of itself is
+    said again."""
+    home = local_copy(path, heartbeat.FILE) / heartbeat.FILE
     told = heartbeat.parse(home.read_text(encoding="utf-8") if home.exists() else None)
     run = RunFolder.open(path)
     try:
@@ -276,7 +279,8 @@ def reanalyse_run(
     progress: Progress | None = None,
 ) -> Report:
     """Score a run's committed shards again with the weights of a checkpoint, the newest by default; those of the `last`
-    iterations only, where given. Raises UserError, ShardError, CheckpointError, RunError."""
+    iterations only, where given, and none that newer weights played. Raises UserError, ShardError, CheckpointError,
+    RunError."""
     began = time.perf_counter()
     config = run.config
     for name in ("checkpoints", "traces"):
@@ -290,6 +294,7 @@ def reanalyse_run(
     if last is not None and shards:
         newest = shard_key(shards[-1])[0]
         shards = list_shards(run.path, first=newest - last + 1)
+    found, shards = len(shards), [shard for shard in shards if not _is_newer(shard, version)]
     folder = checkpoints.path_of(run.checkpoints, version)
     model = config.model
     policy, _, _ = checkpoints.load(folder, device=model.device, dtype=model.dtype, attn=model.attention, merge=False)
@@ -311,4 +316,11 @@ def reanalyse_run(
         made += rescore(run.store, shard, scorer)
         if progress is not None:
             progress(done, len(shards))
-    return Report(version, len(shards), made, time.perf_counter() - began)
+    return Report(version, len(shards), made, found - len(shards), time.perf_counter() - began)
+
+
+def _is_newer(shard: Path, version: int) -> bool:
+    """Whether newer weights than this version played a shard; an iteration is played by an older one."""
+    if shard_key(shard)[0] <= version + 1:
+        return False
+    return any(row["policy_version"] > version for row in iter_rows(shard, columns=["policy_version"]))

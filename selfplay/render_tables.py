@@ -15,6 +15,7 @@ from selfplay.render_tree import STYLES, figure, node_label, visible, visible_li
 
 SHORT_ID: Final = 10
 """Characters of a trace id in a table; any unique prefix finds the trace."""
+VALUE_FIGURES: Final = ("valued nodes", "Brier", "ECE", "AUC")
 
 
 def _table(title: str, numbers: Iterable[str], texts: Iterable[str] = ()) -> Table:
@@ -70,19 +71,29 @@ def tree_table(summary: Sequence[dict[str, Any]]) -> Table:
 
 def value_table(summary: Sequence[dict[str, Any]]) -> Table:
     """How well the value foretold the outcome below a node, per iteration."""
-    table = _table("Value", ["iter", "valued nodes", "Brier", "ECE", "AUC"], ["AUC by depth"])
+    table = _table("Value", ["iter", *VALUE_FIGURES], ["AUC by depth"])
     for row in summary:
-        value = row["value"]
-        depths = ((depth, auc) for depth, auc in value["auc_by_depth"].items() if auc is not None)
-        table.add_row(
-            str(row["iteration"]),
-            str(value["nodes"]),
-            figure(value["brier"], 3),
-            figure(value["ece"], 3),
-            figure(value["auc"], 3),
-            ", ".join(f"{depth}: {figure(auc)}" for depth, auc in depths) or "-",
-        )
+        table.add_row(str(row["iteration"]), *_value_cells(row["value"]))
     return table
+
+
+def newer_table(summary: Sequence[dict[str, Any]]) -> Table:
+    """The same for the values that newer weights give the stored trees, of iterations that were scored again."""
+    table = _table("Value by newer weights", ["iter", "policy", "searches", *VALUE_FIGURES], ["AUC by depth"])
+    for row in summary:
+        if (newer := row["newer"]) is not None:
+            versions = ",".join(map(str, newer["versions"]))
+            table.add_row(str(row["iteration"]), versions, str(newer["searches"]), *_value_cells(newer["value"]))
+    return table
+
+
+def _value_cells(value: dict[str, Any]) -> list[str]:
+    depths = ((depth, auc) for depth, auc in value["auc_by_depth"].items() if auc is not None)
+    return [
+        str(value["nodes"]),
+        *(figure(value[name], 3) for name in ("brier", "ece", "auc")),
+        ", ".join(f"{depth}: {figure(auc)}" for depth, auc in depths) or "-",
+    ]
 
 
 def trace_table(traces: Sequence[dict[str, Any]], total: int) -> Table:

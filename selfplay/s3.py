@@ -95,12 +95,15 @@ class Bucket:
         return {**self._where, "Key": self._prefix + key}
 
     def list(self, prefix: str) -> Iterator[Object]:
-        """All objects whose key begins with `prefix`, in the order of their keys."""
+        """All objects whose key begins with `prefix`, in the order of their keys, but for those that stand for a folder
+        (consoles make them)."""
         with told(self.url):
             pages = self._s3.get_paginator("list_objects_v2").paginate(**self._where, Prefix=self._prefix + prefix)
             for page in pages:
                 for entry in page.get("Contents", ()):
                     key = entry["Key"].removeprefix(self._prefix)
+                    if not key or key.endswith("/"):
+                        continue
                     yield Object(key, entry["ETag"], entry["Size"], entry["LastModified"].timestamp())
 
     def get(self, key: str) -> tuple[bytes, str] | None:

@@ -33,7 +33,7 @@ from selfplay.schema import (
     batch_digest,
     batch_of,
 )
-from selfplay.side_rows import Version, find_side, join
+from selfplay.side_rows import KIND, Version, find_side, join, side_key
 from selfplay.traces import Trace, canonical_json, from_row
 from selfplay.tree_rows import Row
 from selfplay.where import Predicate
@@ -81,7 +81,8 @@ def list_shards(path: Path, first: int | None = None, last: int | None = None) -
         state = "is neither file nor folder" if path.exists() else "does not exist"
         raise ShardError(f"{path} {state}; give a run folder, a folder of shards or one shard")
     root = path / "traces" if (path / "traces").is_dir() else path
-    found = [(shard_key(p), p) for p in root.rglob(f"*{SUFFIX}") if "pending" not in p.relative_to(root).parts]
+    others = {"pending", KIND}
+    found = [(shard_key(p), p) for p in root.rglob(f"*{SUFFIX}") if others.isdisjoint(p.relative_to(root).parts)]
     return [
         p
         for (iteration, _), p in sorted(found)
@@ -210,9 +211,9 @@ def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
 
 
 def _damaged(path: Path, what: str) -> ShardError:
-    return ShardError(
-        f"shard {path} is damaged: {what}; restore it from a copy, or delete it and `selfplay resume` plays it again"
-    )
+    side = side_key(path.as_posix())[0] >= 0
+    again = "`selfplay reanalyse` makes it again" if side else "`selfplay resume` plays it again"
+    return ShardError(f"shard {path} is damaged: {what}; restore it from a copy, or delete it and {again}")
 
 
 @contextmanager
@@ -247,6 +248,17 @@ def iter_batches(path: Path) -> Iterator[pa.RecordBatch]:
             raise _damaged(path, f"it has {seen} of {rows} rows")
 
 
+def trace_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """`iter_batches` of a shard that holds traces. Raises ShardError for a side file, which holds none."""
+    for batch in iter_batches(path):
+        if (batch.schema.metadata or {}).get(b"kind") == KIND.encode():
+            raise ShardError(
+                f"{path} holds no traces, only what newer weights say of some that lie in traces/ of its run; give the "
+                "run: `selfplay inspect` shows both"
+            )
+        yield batch
+
+
 def read_shard(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
     """A whole shard as a table, verified; only `columns` where given (see `project`)."""
     with _open(path) as (reader, _, _):
@@ -269,7 +281,7 @@ def iter_rows(path: Path, where: Predicate | None = None, columns: Iterable[str]
     """
     names = None if columns is None else list(columns)
     for shard in list_shards(path):
-        for batch in iter_batches(shard):
+        for batch in trace_batches(shard):
             yield from project(select(batch, where), names).to_pylist()
 
 

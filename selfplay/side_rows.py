@@ -46,11 +46,18 @@ SIDE_SCHEMA: Final = pa.schema(
 )
 REPLACED: Final = ("logprobs", "raw_value", "prior", "value_sum", "target")
 _VERSION = re.compile(r"version=(\d+)")
+_NAME = re.compile(rf"(?:.*/)?{KIND}/version=(\d{{5,}})/iteration=(\d{{5,}})/part-(\d{{5,}})\.arrow")
 
 
 def side_path(shard: Path, version: int) -> Path:
     """Where the side file of a run's shard lies."""
     return _root(shard) / f"version={version:05d}" / shard.parent.name / shard.name
+
+
+def side_key(name: str) -> tuple[int, int, int]:
+    """(version, iteration, part) by a side file's name within its run; -1 throughout where it is none."""
+    match = _NAME.fullmatch(name)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else (-1, -1, -1)
 
 
 def find_side(shard: Path, version: Version) -> Path | None:

@@ -8,7 +8,7 @@ write of the one before, or of its workers, raises `Fenced` and has changed noth
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -103,7 +103,8 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a file or folder; gone at once for readers. Nothing to do where there is none. Raises RunError."""
+        """Delete a file or folder, and folders above it that are left empty, but for the run's own; gone at once for
+        readers. Nothing to do where there is none. Raises RunError."""
         ...
 
     def check(self) -> None:
@@ -137,8 +138,9 @@ def holds_run(url: str) -> bool:
     if not is_remote(url):
         return (Path(url) / "run.json").exists()
     from selfplay.s3 import Bucket
+    from selfplay.store_s3 import read_run
 
-    return Bucket(url).etag("run.json") is not None
+    return read_run(Bucket(url)) is not None
 
 
 def local_copy(url: str | Path, *prefixes: str) -> Path:
@@ -190,8 +192,9 @@ class Home(Protocol):
         ...
 
     def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
-        """A new run with the facts of its run.json, which is written last. Raises RunError where there is one, or
-        anything else, or where it cannot be written."""
+        """A new run with the facts of its run.json, which makes it exist and is written last. Where a launch was killed
+        before that, its next epoch begins; `facts["epoch"]` is set to it. Raises RunError where there is a run, or
+        where it cannot be written."""
         ...
 
     def take_over(self, facts: dict[str, Any]) -> Store:
@@ -205,8 +208,8 @@ class Home(Protocol):
 
 
 def open_home(url: str, *, create: bool) -> Home:
-    """The home at a folder or URL; with `create` it may be new. Raises RunError: no run there, in use, not
-    writable."""
+    """The home at a folder or URL; with `create` it may be new, or what a launch left that was killed. Raises RunError:
+    no run there, or with `create` something else than that; in use; not writable."""
     if is_remote(url):
         from selfplay.store_s3 import S3Home
 
@@ -214,6 +217,24 @@ def open_home(url: str, *, create: bool) -> Home:
     from selfplay.store_disk import DiskHome
 
     return DiskHome(Path(url), create=create)
+
+
+def not_empty(url: str, names: Sequence[str]) -> RunError:
+    """Said of a place for a new run that holds something else; `names`: some of it."""
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return RunError(
+        f"{url} is not empty and holds no run, but {some}; choose another --run-dir, or delete what you do not need"
+    )
+
+
+def holds_one(url: str) -> RunError:
+    """Said of a place for a new run that holds one."""
+    return RunError(f"{url} already holds a run; continue it with `selfplay resume {url}` or choose another --run-dir")
+
+
+def created_by_another(url: str) -> RunError:
+    """Said to the one of two launches that gives way."""
+    return RunError(f"another launch creates {url} right now; leave it to that one, or choose another --run-dir")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,24 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from selfplay.disk import sync_path
 from selfplay.shards import ShardExists
 from selfplay.shards import commit as commit_shard
-from selfplay.store import PENDING, Fenced, Place, RunError, Store, guard, unique
+from selfplay.store import (
+    PENDING,
+    Fenced,
+    Place,
+    RunError,
+    Store,
+    created_by_another,
+    guard,
+    holds_one,
+    not_empty,
+    unique,
+)
 
 _OWNED = re.compile(r"(epoch|building)-(\d{5,})")
 
@@ -138,6 +149,10 @@ class DiskStore:
                 shutil.rmtree(gone)
             else:
                 gone.unlink()
+            if not name.startswith(f"{PENDING}/"):
+                with suppress(OSError):  # something is left in it
+                    for folder in PurePosixPath(name).parents[:-2]:
+                        (self.root / folder).rmdir()
 
     def check(self) -> None:
         run, host = self.root, socket.gethostname()
@@ -177,10 +192,13 @@ class DiskHome:
         if create:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
+                strange = _strange(self.root)
             except OSError as error:
                 raise RunError(
                     f"cannot create run folder {self.root}: {error.strerror}; choose another --run-dir"
                 ) from error
+            if strange and not (self.root / "run.json").exists():
+                raise not_empty(self.url, strange)
         elif not (self.root / "run.json").exists():
             raise RunError(f"{self.root} holds no run (no run.json); give the folder that `selfplay launch` named")
         self._lock = _hold(self.root)
@@ -194,25 +212,29 @@ class DiskHome:
     def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
         root = self.root
         if (root / "run.json").exists():
-            raise RunError(
-                f"{root} already holds a run; continue it with `selfplay resume {root}` or choose another --run-dir"
-            )
-        if any(not _is_begun(entry) for entry in root.iterdir()):
-            raise RunError(f"{root} is not empty and holds no run; choose another --run-dir")
+            raise holds_one(self.url)
         with _told(root):
             for name in ROOMS:
                 (root / name).mkdir(exist_ok=True)
             # of two launches at once on two hosts, and of one that was killed here, the later number fences the earlier
-            facts["epoch"] = max(facts["epoch"] - 1, 0, *epochs(root)) + 1
-            _clean_pending(root, facts["epoch"])
-            try:
-                epoch_folder(root, facts["epoch"]).mkdir()
-            except FileExistsError as error:
-                raise RunError(f"another launch creates {root} right now; choose another --run-dir") from error
-        store = DiskStore(Place(self.url, facts["id"], facts["epoch"]))
-        for name, text in documents.items():
-            store.put(name, text)
-        store.put("run.json", json.dumps(facts, indent=1))
+            facts["epoch"] = epoch = max(facts["epoch"] - 1, 0, *epochs(root)) + 1
+            found = _claim(root, epoch)
+            late = not found or max(found) > epoch or (root / "run.json").exists()
+            if not late:
+                _retire(root, found, epoch)
+                late = (root / "run.json").exists()  # none of those before can write it from here on
+            if late:
+                _step_back(root, epoch, found)
+                raise created_by_another(self.url)
+            _clean_pending(root, epoch)
+        store = DiskStore(Place(self.url, facts["id"], epoch))
+        try:
+            for name, text in {**documents, "run.json": json.dumps(facts, indent=1)}.items():
+                store.put(name, text)
+        except RunError as error:
+            if epoch_folder(root, epoch).exists():
+                raise
+            raise created_by_another(self.url) from error
         return store
 
     def take_over(self, facts: dict[str, Any]) -> Store:
@@ -220,21 +242,13 @@ class DiskHome:
         with _told(root):
             (root / PENDING).mkdir(exist_ok=True)
             epoch = max(facts["epoch"], *epochs(root), 0) + 1
-            own = epoch_folder(root, epoch)
-            try:
-                own.mkdir()
-            except FileExistsError as error:
-                raise RunError(f"another driver takes {root} over right now; leave it to that one") from error
             # of two that got here at the same time the later one sees the earlier one's folder, or is seen by it
-            found = epochs(root)
-            for old in (number for number in found if number < epoch):
-                with suppress(FileNotFoundError):
-                    os.rename(epoch_folder(root, old), root / PENDING / unique(".gone"))
+            found = _claim(root, epoch)
+            _retire(root, found, epoch)
             # and one that came and went in between has left its number in run.json
             written = json.loads(_read(root, "run.json") or "{}").get("epoch", 0)
-            if max(written, 0, *found) > epoch or written == epoch:
-                with suppress(FileNotFoundError):
-                    own.rmdir()
+            if not found or max(written, *found) > epoch or written == epoch:
+                _step_back(root, epoch, found)
                 raise RunError(f"another driver takes {root} over right now; leave it to that one")
         _clean_pending(root, epoch)
         facts["epoch"] = epoch
@@ -246,11 +260,38 @@ class DiskHome:
         self._lock.close()
 
 
-def _is_begun(entry: Path) -> bool:
-    """Whether an entry is what a launch leaves that was killed before run.json made the run exist."""
-    if entry.name in ("lock", "config.yaml", PENDING):
-        return True
-    return entry.name in ROOMS and entry.is_dir() and not any(entry.iterdir())
+def _claim(root: Path, epoch: int) -> list[int]:
+    """Make the folder of an epoch; all epochs that have one then, none where somebody else made this one."""
+    try:
+        epoch_folder(root, epoch).mkdir()
+    except FileExistsError:
+        return []
+    return epochs(root)
+
+
+def _retire(root: Path, found: list[int], epoch: int) -> None:
+    """Take the folders of the epochs before away, and with them what their drivers could still write."""
+    for old in (number for number in found if number < epoch):
+        with suppress(FileNotFoundError):
+            os.rename(epoch_folder(root, old), root / PENDING / unique(".gone"))
+
+
+def _step_back(root: Path, epoch: int, found: list[int]) -> None:
+    """Give an epoch up whose folder was made (then something was `found`)."""
+    if found:
+        with suppress(FileNotFoundError):
+            epoch_folder(root, epoch).rmdir()
+
+
+def _strange(root: Path) -> list[str]:
+    """Names of what is in a folder beside what a launch leaves that was killed before run.json made the run exist: the
+    lock, the rooms, empty, its epoch's folder, and the config that it wrote from there."""
+    pending = root / PENDING
+    held = [entry.name for entry in pending.iterdir()] if pending.is_dir() else []
+    begun = {"lock", PENDING, *(["config.yaml"] if any(map(_OWNED.fullmatch, held)) else [])}
+    begun |= {name for name in ROOMS if (root / name).is_dir() and not any((root / name).iterdir())}
+    strange = [f"{PENDING}/{name}" for name in held if not (_OWNED.fullmatch(name) or name.startswith(".gone."))]
+    return sorted([*(entry.name for entry in root.iterdir() if entry.name not in begun), *strange])
 
 
 def _clean_pending(root: Path, epoch: int) -> None:

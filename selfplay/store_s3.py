@@ -2,10 +2,11 @@
 
 The commit is `PUT` with `If-None-Match: *`: of any number of writers of a unit exactly one succeeds. The epoch stands
 in run.json, which a new driver replaces under `If-Match`; small documents are replaced under `If-Match` too, and files
-of a checkpoint are put with `If-None-Match`, state.json last. Before each write the epoch in run.json is read. What
-remains is a writer that is paused between that look and its write, for longer than it takes another driver to begin:
-what it then lands is a whole unit or document of its own epoch, which counts once (a unit has the same content whoever
-played it, a document is replaced by the new driver's next). docs/STORAGE.md says more.
+of a checkpoint are put with `If-None-Match`, state.json last. A launch puts a run.json that says `launching` first, and
+the one that makes the run exist last, so that launches fence one another as drivers do. Before each write the epoch in
+run.json is read. What remains is a writer that is paused between that look and its write, for longer than it takes
+another driver to begin: what it then lands is a whole unit or document of its own epoch, which counts once (a unit has
+the same content whoever played it, a document is replaced by the new driver's next). docs/STORAGE.md says more.
 """
 
 from __future__ import annotations
@@ -17,16 +18,31 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from selfplay.mirror import STATE, Mirror, told_local
 from selfplay.s3 import Bucket, Changed, file_digest
 from selfplay.shards import ShardError, iter_batches
-from selfplay.store import PENDING, Fenced, Place, RunError, Store, checkpoint_numbers, guard, unique
+from selfplay.store import (
+    PENDING,
+    Fenced,
+    Place,
+    RunError,
+    Store,
+    checkpoint_numbers,
+    created_by_another,
+    guard,
+    holds_one,
+    not_empty,
+    unique,
+)
 from selfplay.store_disk import epoch_folder
 
 RUN = "run.json"
+LAUNCHING = "launching"
+"""Stands in the run.json that a launch begins with: no run exists yet."""
 TRIES = 5
 """Of a write whose object somebody else changed meanwhile."""
 
@@ -140,9 +156,9 @@ class S3Store:
 
     def _replace(self, name: str, data: bytes) -> str:
         for _ in range(TRIES):
-            self.check()
             if name not in self._etags:
                 self._etags[name] = self._bucket.etag(name)
+            self.check()  # after that look: what the next driver puts is another object, and stays
             match = self._etags[name]
             try:
                 self._etags[name] = etag = self._bucket.put(name, data, match=match, new=match is None)
@@ -192,17 +208,23 @@ class S3Home:
     def __init__(self, url: str, *, create: bool) -> None:
         self.url = url.rstrip("/")
         self._bucket = Bucket(self.url)
-        self._create = create
-        there = next(iter(self._bucket.list("")), None)
         self._etag: str | None = None
-        if create and there is not None:
-            if self._bucket.etag(RUN) is not None:
-                raise RunError(
-                    f"{self.url} already holds a run; continue it with `selfplay resume {self.url}` or choose another "
-                    "--run-dir"
-                )
-            raise RunError(f"{self.url} is not empty and holds no run; choose another --run-dir")
-        if not create and self._bucket.etag(RUN) is None:
+        self._killed: dict[str, Any] = {}
+        """What a launch left in run.json that has not come to its end."""
+        names = [found.key for found in islice(self._bucket.list(""), 6)]
+        text = self.read(RUN) if names else None  # after the listing: it says whose names those are
+        if _launching(text):
+            self._killed = json.loads(text or "{}")
+        elif create and text is not None:
+            raise holds_one(self.url)
+        strange = [name for name in names if not (self._killed and name in (RUN, "config.yaml"))]
+        if create and strange:
+            raise not_empty(self.url, strange)
+        if not create and self._killed:
+            raise RunError(
+                f"{self.url} holds no run: its launch is under way or was killed; `selfplay launch` it again"
+            )
+        if not create and text is None:
             raise RunError(f"{self.url} holds no run (no run.json); give the URL that `selfplay launch` named")
 
     def read(self, name: str) -> str | None:
@@ -215,12 +237,18 @@ class S3Home:
 
     def create(self, facts: dict[str, Any], documents: dict[str, str]) -> Store:
         facts["driver"] = uuid.uuid4().hex  # tells this driver's documents from those of another
+        if self._killed:  # the same run's next epoch, so that a launch which only slept is fenced
+            facts |= {"id": self._killed["id"], "epoch": self._killed["epoch"] + 1}
+        claim = json.dumps({**facts, LAUNCHING: True}, indent=1).encode()
         try:
-            for name, text in {**documents, RUN: json.dumps(facts, indent=1)}.items():
-                self._bucket.put(name, text.encode(), new=True)
-        except Changed as error:
-            raise RunError(f"{self.url} was just created by another launch; choose another --run-dir") from error
-        return S3Store(Place(self.url, facts["id"], facts["epoch"]))
+            etag = self._bucket.put(RUN, claim, match=self._etag, new=self._etag is None)
+            store = S3Store(Place(self.url, facts["id"], facts["epoch"]))
+            for name, text in documents.items():
+                store.put(name, text)
+            self._bucket.put(RUN, json.dumps(facts, indent=1).encode(), match=etag)
+        except (Changed, Fenced) as error:
+            raise created_by_another(self.url) from error
+        return store
 
     def take_over(self, facts: dict[str, Any]) -> Store:
         facts |= {"epoch": facts["epoch"] + 1, "driver": uuid.uuid4().hex}
@@ -247,7 +275,7 @@ def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path
     root, inside = url, ""
     while root.count("/") > 2:
         bucket = Bucket(root)
-        facts = _read(bucket, RUN)
+        facts = read_run(bucket)
         if facts is not None:
             break
         root, _, last = root.rpartition("/")
@@ -266,6 +294,20 @@ def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path
         reading = name.startswith("checkpoints/") and not whole
         mirror.pull(name, _without(left_out) if reading else lambda _: True)
     return mirror.root / inside if inside else mirror.root
+
+
+def read_run(bucket: Bucket) -> str | None:
+    """run.json of the run there; None where there is none, or only the beginning of a launch."""
+    text = _read(bucket, RUN)
+    return None if _launching(text) else text
+
+
+def _launching(text: str | None) -> bool:
+    try:
+        facts = json.loads(text or "{}")
+    except ValueError:
+        return False  # damaged: whoever reads it says so
+    return isinstance(facts, dict) and LAUNCHING in facts
 
 
 def _is_older(folder: str, epoch: int) -> bool:

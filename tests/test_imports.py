@@ -38,7 +38,7 @@ SELFPLAY_FLOORS: dict[str, int] = {
     "grade": 3, "learner": 4, "group": 4, "phase": 4, "sharded": 4, "partial": 4,
     "worker": 4, "evaluate": 4, "checkpoint": 4, "plan_model": 4, "prm_model": 0, "export": 5, "export_prm": 5,
     "plan": 5, "loop": 5, "status": 5, "doctor": 5, "cluster": 6, "cli": 7,
-    "behavior": 0, "side_rows": 0, "cutting": 2, "reanalyse": 4,
+    "behavior": 0, "side_rows": 0, "side_values": 3, "cutting": 2, "reanalyse": 4,
 }  # fmt: skip
 """A room of selfplay imports rooms of its own floor or lower ones."""
 

@@ -1,7 +1,8 @@
 """Whether a run folder keeps every promise that a folder can show (DESIGN.md, section 6).
 
-Reads everything, changes nothing; one record batch or one checkpoint in memory at a time. What a run deleted by its
-own config is no finding, nor is what a live or a dead driver has under way: `selfplay resume` does that again.
+Reads everything, changes nothing; one record batch, a shard's ids and counts, or one checkpoint in memory at a time.
+What a run deleted by its own config is no finding, nor is what a live or a dead driver has under way: `selfplay resume`
+does that again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from selfplay.doctor.documents import read_documents
 from selfplay.doctor.findings import Finding
+from selfplay.doctor.sides import side_faults
 from selfplay.doctor.traces import trace_faults
 from selfplay.doctor.weights import checkpoint_faults
 
@@ -22,4 +24,5 @@ def examine(run: Path, note: Callable[[str], None] = lambda _: None) -> Iterator
     documents, found = read_documents(run)
     yield from found
     yield from trace_faults(documents, note)
+    yield from side_faults(documents, note)
     yield from checkpoint_faults(documents, note)

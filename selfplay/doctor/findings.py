@@ -52,7 +52,7 @@ class ShardFaults:
             first or f"trace {trace_ids[fault.rows[0]][:12]} {fault.what}",
         )
 
-    def findings(self, where: str) -> Iterator[Finding]:
+    def findings(self, where: str, cure: str = f"do not train on it, {RESTORE}") -> Iterator[Finding]:
         for check, (count, first) in self._found.items():
             more = f" (and {count - 1} more rows)" if count > 1 else ""
-            yield Finding(check, where, first + more, f"do not train on it, {RESTORE}")
+            yield Finding(check, where, first + more, cure)

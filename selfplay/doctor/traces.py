@@ -132,7 +132,7 @@ def shard_faults(
             for fault in (*row_faults(batch, at, hashed, None if known is None else known.seed), *tree_faults(batch)):
                 faults.add(fault, ids)
     except ShardError as error:
-        yield Finding("checksum", where, _reason(error, path), cure)
+        yield Finding("checksum", where, reason(error, path), cure)
         return
     yield from faults.findings(where)
     part = shard_key(path)[1]
@@ -140,18 +140,18 @@ def shard_faults(
         yield Finding("rows", where, f"has {rows} rows, and its unit has {expected.rows(part)} problems", cure)
 
 
-def _reason(error: ShardError, path: Path) -> str:
+def reason(error: ShardError, path: Path) -> str:
     """What is wrong, without the file's name and the cure that the finding gives itself."""
     text = str(error).removeprefix(f"shard {path} ").removeprefix(f"{path} ")
     return text.partition("; ")[0]
 
 
-def schema_problem(schema: pa.Schema) -> str:
+def schema_problem(schema: pa.Schema, wanted: pa.Schema = SCHEMA, *, whole: bool = False) -> str:
     """Which column differs from the format; empty where none does. Unknown columns are no fault, nor is a nullable one
-    that is missing: minor versions add those."""
-    for field in SCHEMA:
+    that is missing, unless the `whole` format is asked for: minor versions add those."""
+    for field in wanted:
         at = schema.get_field_index(field.name)
-        if at < 0 and not field.nullable:
+        if at < 0 and (whole or not field.nullable):
             return f"lacks the column {field.name}"
         if at >= 0 and not _covers(schema.field(at).type, field.type):
             return f"has column {field.name} of another type than the format's"

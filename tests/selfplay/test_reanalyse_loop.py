@@ -11,12 +11,15 @@ import pytest
 
 from selfplay import cli
 from selfplay.config import ConfigError
+from selfplay.doctor import examine
 from selfplay.executor import InlineExecutor
 from selfplay.loop import Loop
 from selfplay.reanalyse import reanalyse_path
 from selfplay.run_folder import RunFolder, read_metrics
+from selfplay.s3 import Bucket
 from selfplay.shards import iter_traces, list_shards
 from selfplay.side_rows import side_path
+from selfplay.store import local_copy, whole_copy
 from tests.selfplay.tiny_run import tiny_config
 
 SETTINGS = ("learn.objective={name: alphazero, value_mix: 0.5}", "learn.window=2")
@@ -109,6 +112,9 @@ def test_the_command_scores_a_run_once(
     assert {trace.value_version for trace in iter_traces(copy, reanalysed="latest")} == {2}
     assert {trace.value_version for trace in iter_traces(copy, reanalysed=2)} == {2}
     assert reanalyse_path(copy, checkpoint=1).made == 3  # the phase left the other half
+    first = reanalyse_path(copy, checkpoint=0)
+    assert (first.shards, first.made, first.newer) == (3, 3, 3)  # version 1 played iteration 2
+    assert list(examine(copy)) == []
     code, _, err = command(copy, "--checkpoint", 9)
     assert (code, err) == (2, f"error: {copy} has no checkpoint 9; it keeps 0, 1, 2\n")
     code, _, err = command(tmp_path)
@@ -116,6 +122,27 @@ def test_the_command_scores_a_run_once(
         1,
         f"error: {tmp_path} holds no run (no run.json); give the folder that `selfplay launch` named\n",
     )
+
+
+def test_a_run_in_object_storage_is_scored_there(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(RunFolder.create(s3_url, tiny_config("iterations=1", "evaluate.samples=0")))
+
+    def command(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["selfplay", *arguments])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    assert json.loads(command("reanalyse", s3_url, "--json")[0])["made"] == 3
+    names = [found.key for found in Bucket(s3_url).list("reanalysis/")]
+    assert names == [f"reanalysis/version=00001/iteration=00001/part-{part:05d}.arrow" for part in range(3)]
+    (row,) = json.loads(command("inspect", s3_url, "--json")[0])["summary"]
+    assert (row["newer"]["versions"], row["newer"]["searches"]) == ([1], row["searches"])
+    assert "holds no traces, only what newer weights say" in command("inspect", f"{s3_url}/reanalysis")[1]
+    monkeypatch.setenv("SELFPLAY_CACHE", str(local_copy(s3_url, "run.json").parent / "other-node"))
+    assert list(examine(whole_copy(s3_url))) == []
 
 
 def test_the_command_and_the_phase_write_the_same_bytes(run: Path, tmp_path: Path) -> None:
