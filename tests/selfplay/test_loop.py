@@ -110,7 +110,7 @@ class Elsewhere(InlineExecutor):
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         path = super().save(iteration, state)
         for file in [p for p in path.rglob("*") if p.is_file()]:
-            self.trainer.store._mirror.forget(file.relative_to(self.trainer.store.root).as_posix())
+            self.trainer.store._mirror._drop(file.relative_to(self.trainer.store.root).as_posix())
         assert not path.exists()
         return path
 
