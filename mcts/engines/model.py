@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -218,20 +222,37 @@ def load_policy(
     return Policy(model, tokenizer, value_head)
 
 
+@contextmanager
+def _told_if_loaded() -> Iterator[None]:
+    """What transformers has to say of a model is said once it is loaded; where it is not, the error says it all."""
+    logger, said = logging.getLogger("transformers"), MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [said], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+    for record in said.buffer:
+        logger.handle(record)
+
+
 def _load(folder: Path, dtype: str, attn: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
-        )
+        with _told_if_loaded():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     except SafetensorError as error:
         raise DamagedModel(f"the weights in {folder} are damaged ({error}): restore them from a copy") from error
-    except RuntimeError as error:  # other shapes than config.json says
-        lines = str(error).strip().splitlines()
-        raise ModelError(f"the weights in {folder} are not those of its config.json: {lines[0]}") from error
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights in {folder} are not those of its config.json, which asks for other shapes: restore one of "
+            "the two from a copy"
+        ) from error
     return model, _tokenizer(folder)
 
 

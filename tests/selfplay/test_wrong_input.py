@@ -177,7 +177,7 @@ def test_a_model_folder_that_is_none_is_refused(command: str, tmp_path: Path, to
     (other / "config.json").write_text(json.dumps({**facts, "vocab_size": facts["vocab_size"] + 1}), encoding="utf-8")
     code, error = refusal(other)
     assert code == 2
-    assert "not those of its config.json" in error
+    assert "not those of its config.json, which asks for other shapes" in error
 
 
 def test_a_damaged_value_head_is_named(tmp_path: Path, told: Told) -> None:
