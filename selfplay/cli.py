@@ -71,6 +71,10 @@ def launch(
         raise UserError(
             "--python and --runtime-env say how a Ray job starts; add --submit DASHBOARD, or leave them out"
         )
+    if submit is not None and address is not None:
+        from selfplay.errors import UserError
+
+        raise UserError("a job joins the cluster that it is sent to: leave out --address, or --submit")
     if submit is not None:
         from selfplay.cluster.submit import run_as_job
 

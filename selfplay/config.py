@@ -261,7 +261,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
     if first["type"] == "extra_forbidden":
         known = _fields_at(first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
@@ -269,7 +269,9 @@ def _first_problem(error: ValidationError) -> str:
         return f"unknown key {where}; {hint}"
     if first["type"] == "missing":
         return f"{where} is missing; add it"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first.get('input')!r})"
+    said = ": ".join(part for part in (where, first["msg"].removeprefix("Value error, ")) if part)
+    given = first.get("input")
+    return said if isinstance(given, dict) else f"{said} (got {given!r})"
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

@@ -158,7 +158,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(row, dict) and isinstance(row.get("iteration"), int) for row in rows):
+            raise ValueError("a line is no row of an iteration")
+        return rows
     except ValueError as error:  # it is replaced as a whole, so this is no run that was killed
         raise RunError(f"{file} is damaged ({error}); restore it from a copy") from error
 

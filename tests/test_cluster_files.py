@@ -209,6 +209,8 @@ def test_every_command_line_is_one_of_ours_and_every_key_exists(name: str) -> No
         parsed = commands.commands[command].make_context(command, arguments).params
         overrides = parsed.get("overrides") or []
         base = TINY.replace("executor: inline, ", "")
+        if (ROOT / str(parsed.get("config"))).is_file():
+            base = (ROOT / str(parsed["config"])).read_text()
         assert parse_config(base, overrides).cluster.executor == "ray"
         if command == "launch":
             assert parsed["run_dir"].startswith(("/", "s3://", "$"))

@@ -181,6 +181,8 @@ def run_as_job(
 ) -> int:
     """Submit, say how to attach again, follow; the exit code for the command. Raises UserError and RunError."""
     folder = check_run_dir(run_dir)
+    if config.cluster.executor == "inline":
+        raise UserError("executor: inline is one process and joins no cluster: add cluster.executor=ray to --submit")
     given = read_runtime_env(runtime_env)
     environment = job_environment(given, config)
     client = connect(dashboard)

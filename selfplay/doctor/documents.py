@@ -77,7 +77,7 @@ def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
         documents.facts = read_run(run)
     except RunError as error:
         findings.append(Finding("run.json", "run.json", _what(error), RESTORE))
-    for path in sorted(run.glob("config*.yaml")) or [run / "config.yaml"]:
+    for path in sorted({run / "config.yaml", *run.glob("config*.yaml")}):
         try:
             version = load_config(path)
         except ConfigError as error:

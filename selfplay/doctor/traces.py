@@ -179,7 +179,7 @@ def metric_faults(documents: Documents, at: Iteration) -> Iterator[Finding]:
             ("sampled_tokens", row.get("sampled_tokens"), at.sampled),
             ("solved", row.get("solved"), solved),
         ):
-            equal = said is not None and counted is not None and abs(said - counted) <= SAME
+            equal = isinstance(said, int | float) and counted is not None and abs(said - counted) <= SAME
             if not equal:
                 what = f"says {name} {said} of iteration {at.number}, and its shards {counted}"
                 yield Finding("metrics", "metrics.jsonl", what, RESTORE)

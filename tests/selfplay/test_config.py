@@ -26,6 +26,7 @@ def test_there_are_config_files() -> None:
         ("play.problms=3", "unknown key play.problms; did you mean problems?"),
         ("learn.optimizer.momentum=1", "unknown key learn.optimizer.momentum"),
         ("play.search.budget=0", "play.search.budget: Input should be greater than 0"),
+        ("cluster.workers=-1", "cluster.workers: Input should be greater than 0 (got -1)"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("seed", "must have the form key.path=value"),
         ("seed.x=1", "seed: Input should be a valid integer"),
@@ -37,6 +38,13 @@ def test_a_wrong_override_is_one_clear_sentence(override: str, sentence: str) ->
         parse_config(MINIMAL, [override])
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_rule_about_a_whole_section_does_not_print_the_section() -> None:
+    with pytest.raises(ConfigError, match=r"^config: cluster: executor: inline is one process: .* set executor: ray$"):
+        parse_config(MINIMAL, ["cluster={executor: inline, learners: 2}"])
+    with pytest.raises(ConfigError, match=r"^config: cluster.by_turns alternates .* leave one of them out$"):
+        parse_config(MINIMAL, ["cluster.by_turns=true", "play.max_staleness=1"])
 
 
 def test_a_missing_section_is_named() -> None:

@@ -255,6 +255,8 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("run.json gone", "run.json", "run.json", lambda run: (run / "run.json").unlink()),
     ("run.json cut", "run.json", "run.json", lambda run: (run / "run.json").write_text("{")),
     ("config gone", "config", "config.yaml", lambda run: (run / "config.yaml").unlink()),
+    ("config gone and its earlier version kept", "config", "config.yaml", lambda run: (run / "config.yaml").rename(
+        run / "config.until-epoch-001.yaml")),
     ("config damaged", "config", "config.yaml", lambda run: (run / "config.yaml").write_text("seed: [")),
     ("seeds differ", "config", "config.yaml", lambda run: _json(
         run / "run.json", lambda facts: facts.update(seed=4))),
@@ -269,6 +271,8 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("metrics tokens", "metrics", "metrics.jsonl", lambda run: _metrics(
         run, lambda rows: rows[1].update(sampled_tokens=1))),
     ("metrics solved", "metrics", "metrics.jsonl", lambda run: _metrics(run, lambda rows: rows[1].update(solved=1.0))),
+    ("metrics that are text", "metrics", "metrics.jsonl", lambda run: _metrics(
+        run, lambda rows: rows[1].update(solved="x", problems="y", sampled_tokens=None))),
     ("metrics problems", "metrics", "metrics.jsonl", lambda run: _metrics(
         run, lambda rows: rows[1].update(problems=1))),
     ("checkpoint file gone", "checkpoint", "checkpoints/00001", lambda run: (

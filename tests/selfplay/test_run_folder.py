@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from selfplay.config import ConfigError, parse_config
-from selfplay.run_folder import RunError, RunFolder
+from selfplay.run_folder import RunError, RunFolder, read_metrics
 from tests.selfplay.tiny_run import tiny_config
 
 CONFIG = parse_config("task: {name: countdown}\nplay: {search: {strategy: {name: mcts}, budget: 64}}")
@@ -84,6 +84,13 @@ def test_metrics_of_a_repeated_iteration_replace_the_old_row(tmp_path: Path) -> 
         run.append_metrics({"iteration": iteration, "heldout_pass1": score})
     assert [(r["iteration"], r["heldout_pass1"]) for r in run.metrics()] == [(0, 0.1), (1, 0.3)]
     run.close()
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "null", "{}", '{"iteration": "x"}'])
+def test_metrics_that_are_no_rows_are_one_sentence(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(RunError, match=r"metrics.jsonl is damaged \(a line is no row of an iteration\); restore it"):
+        read_metrics(tmp_path)
 
 
 def test_a_launch_killed_before_its_run_existed_can_be_launched_again(tmp_path: Path) -> None:

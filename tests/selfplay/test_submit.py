@@ -158,6 +158,21 @@ def test_options_of_a_job_without_a_job_are_refused(option: list[str], tmp_path:
     assert "add --submit DASHBOARD" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "one process and joins no cluster: add cluster.executor=ray"),
+        (["--address", "h:6379"], "a job joins the cluster that it is sent to: leave out --address"),
+    ],
+)
+def test_a_job_that_could_not_join_its_cluster_is_not_sent(options: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(TINY if not options else TINY.replace("executor: inline", "executor: ray"))
+    given = [str(tmp_path / "c.yaml"), "--submit", "http://127.0.0.1:1", "--run-dir", str(tmp_path / "run"), *options]
+    done = selfplay("launch", *given, environment=dict(os.environ))
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with head_node() as running:
