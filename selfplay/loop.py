@@ -121,8 +121,7 @@ class Loop:
         for iteration in checkpoints.existing(self.run.checkpoints):
             if iteration not in done:
                 self._evaluate(iteration)
-        if last < self.config.iterations:
-            self._repair(last)
+        self._repair(last)
         for iteration in range(last + 1, self.config.iterations + 1):
             self._iterate(iteration)
         self._wait(lambda: not self.evaluating)
@@ -273,8 +272,8 @@ class Loop:
         return units_of(problems, size=config.unit, iteration=iteration, policy_version=version)
 
     def _repair(self, last: int) -> None:
-        """Play those units again whose shards are missing though the coming learning phase needs them: a damaged shard
-        is deleted by hand. With `max_staleness: 0` they come out as they were."""
+        """Play those units again whose shards are missing though the next learning phase needs them, or would in a run
+        that goes on: a damaged shard is deleted by hand. With `max_staleness: 0` they come out as they were."""
         rows = self.run.metrics()
         for iteration in incomplete(self.run.path, rows, first=last + 2 - self.config.learn.window, last=last):
             log.warning("iteration %d lacks traces; what is missing is played again", iteration)

@@ -79,6 +79,12 @@ def test_a_damaged_shard_is_named_and_its_unit_played_again_once_it_is_deleted(
     assert outcome(run) == outcome(finished)
 
 
+def test_a_shard_that_a_finished_run_has_lost_is_played_again(run: Path, finished: Path) -> None:
+    (run / "traces" / "iteration=00002" / "part-00001.arrow").unlink()
+    drive(run)
+    assert outcome(run) == outcome(finished)
+
+
 def test_all_traces_of_an_iteration_may_be_lost(run: Path, finished: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "00002")
     shutil.rmtree(run / "traces" / "iteration=00001")
