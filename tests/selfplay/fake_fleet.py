@@ -39,7 +39,8 @@ def make_evaluation(part: str, problems: int = 1, version: int = 0) -> Evaluatio
 
 def answer_of(problem: Problem, failed: str | None = None) -> Answered:
     won = failed is None
-    return Answered(problem.id, won, "correct" if won else "none", False, 8, 1, won, 2, 2, failed, 0.1, given_up=not won)
+    status = "correct" if won else "none"
+    return Answered(problem.id, won, status, False, 8, 1, won, 2, 2, failed, 0.1, given_up=not won)
 
 
 class FakeFleet:
