@@ -36,6 +36,10 @@ def expected_units(config: Config, pool: int | None) -> Expected:
     return Expected(wanted if pool is None else min(wanted, pool), config.play.unit)
 
 
+MOST_NAMED = 8
+"""Iterations without shards that are named one by one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is, and what it may have deleted."""
@@ -59,9 +63,15 @@ def unit_faults(
 ) -> Iterator[Finding]:
     """Missing, repeated and misnamed shards. `iterations` lists the shards of each iteration by `shard_key`."""
     kept = min((i for i in iterations if i > 0), default=0)
-    for iteration in range(1, progress.finished + 1):
-        if iteration not in iterations and not (progress.may_lack(iteration) and iteration < max(kept, 1)):
-            yield Finding("units", folder_of(iteration), "has no shards although the iteration is finished", RESTORE)
+    lost = [
+        iteration
+        for iteration in range(1, progress.finished + 1)
+        if iteration not in iterations and not (progress.may_lack(iteration) and iteration < max(kept, 1))
+    ]
+    if len(lost) > MOST_NAMED:
+        yield Finding("units", "traces", f"has no shards of the finished iterations {_ranges(lost)}", RESTORE)
+    for iteration in lost if len(lost) <= MOST_NAMED else ():
+        yield Finding("units", folder_of(iteration), "has no shards although the iteration is finished", RESTORE)
     for iteration, shards in sorted(iterations.items()):
         folder = folder_of(iteration)
         if iteration > progress.finished + progress.ahead or iteration < 1:

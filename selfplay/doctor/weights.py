@@ -53,7 +53,9 @@ def _missing(folder: Path, numbers: list[int], documents: Documents) -> Iterator
     for number, why in sorted(needed.items()):
         if number not in numbers:
             what = f"is missing or has no state.json, and it is {why} of this run"
-            yield Finding("checkpoint", f"checkpoints/{number:05d}", what, RESTORE)
+            before = any(other < number for other in numbers)
+            cure = f"{RESTORE}, or resume from the one before" if number == last and before else RESTORE
+            yield Finding("checkpoint", f"checkpoints/{number:05d}", what, cure)
     newest = max([*numbers, last])
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         if _NAME.fullmatch(entry.name) and int(entry.name) > newest:

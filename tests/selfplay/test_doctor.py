@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +394,8 @@ def test_traces_that_retention_deleted_are_no_finding_and_a_gap_is() -> None:
     assert [f.where for f in unit_faults(listing(3, 5, 6, 7, 8), expected, keeps)] == ["traces/iteration=00004"]
     never = Progress(finished=8, ahead=1, needed=7, deletes=False)
     assert len(list(unit_faults(listing(5, 6, 7, 8), expected, never))) == 4
+    (many,) = unit_faults({}, expected, replace(never, finished=99_999))
+    assert many.what == "has no shards of the finished iterations 1-99999"
 
 
 def test_a_shorter_last_unit_and_a_small_pool_are_expected() -> None:
