@@ -25,10 +25,11 @@ selfplay: $(VENV)/.installed
 	if test -e $(RUN)/run.json; then $(BIN)/selfplay resume $(RUN); \
 	else $(BIN)/selfplay launch configs/countdown3.yaml --run-dir $(RUN) seed=$(SEED); fi
 
-test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not bench and not gpu and not server"
-
 # tests with a Ray of their own one after the other, the others on both cores
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not cluster and not bench and not gpu and not server" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "cluster and not slow and not bench and not gpu and not server and not long"
+
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not cluster and not bench and not server and not long" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "slow and cluster and not bench and not server and not long"
