@@ -145,8 +145,7 @@ def measure_wider(subject: Subject, clock: Clock, *, problems: int) -> Row:
     search = mcts_search(subject.config)
     run_searches(subject, engine, search, chosen[: max(16, problems // 8)])
     played = timed(subject, engine, search, chosen, clock, model_places(engine))
-    model = subject.policy(subject.config.model.attention).model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = subject.parameters
     return Row(
         f"time outside model, MCTS, {parameters / 1e6:.1f}M parameters",
         played.seconds - played.parts[MODEL],

@@ -37,6 +37,11 @@ class Subject:
         """The weights with plain attention, for baselines."""
         return load_policy(self.checkpoint, head=self.head, attn=attention)
 
+    @property
+    def parameters(self) -> int:
+        """Of the policy, without its value head."""
+        return sum(p.numel() for p in self.policy(self.config.model.attention).model.parameters())
+
     def engine(self, clock: Callable[[], float]) -> TorchEngine:
         """A new engine, its seconds measured by `clock`."""
         engine = make_engine(self.config, self.checkpoint / "policy", self.head, 0, self.task)

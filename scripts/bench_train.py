@@ -81,8 +81,7 @@ def measure_shape(shape: str, subject: Subject, clock: Callable[[], float], *, t
         for tree in drawn
     ]
     items = [item for item in found if item is not None]
-    parameters = sum(p.numel() for p in subject.policy(subject.config.model.attention).model.parameters())
-    name = f"tree training, {shape}'s shape, {parameters / 1e6:.1f}M parameters"
+    name = f"tree training, {shape}'s shape, {subject.parameters / 1e6:.1f}M parameters"
     return _measure(name, subject, items, clock, rounds)
 
 

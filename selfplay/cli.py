@@ -56,24 +56,19 @@ def launch(
 ) -> None:
     """Start a self-play run and see it to its end."""
     from selfplay.config import load_config
+    from selfplay.errors import UserError
 
     resolved = load_config(config, _joining(address, overrides))
     if dry_run:
         _show_plan(resolved, as_json)
         return
     if as_json:
-        from selfplay.errors import UserError
-
         raise UserError("launch prints JSON with --dry-run only; add it, or leave --json out")
     if submit is None and (python is not None or runtime_env is not None):
-        from selfplay.errors import UserError
-
         raise UserError(
             "--python and --runtime-env say how a Ray job starts; add --submit DASHBOARD, or leave them out"
         )
     if submit is not None and address is not None:
-        from selfplay.errors import UserError
-
         raise UserError("a job joins the cluster that it is sent to: leave out --address, or --submit")
     if submit is not None:
         from selfplay.cluster.submit import run_as_job

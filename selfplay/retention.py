@@ -45,11 +45,11 @@ def traces_gone(
     `window`: iterations that a learning phase reads.
 
     Never those that are read by a learning phase after one of the checkpoints to resume from."""
-    newest = max(ages, default=0)
+    newest, first_needed = max(ages, default=0), _first_needed(existing, window, staleness)
     return [
         iteration
         for iteration, age in sorted(ages.items())
-        if iteration < _first_needed(existing, window, staleness)
+        if iteration < first_needed
         and (
             (keep.iterations is not None and iteration <= newest - keep.iterations)
             or (keep.days is not None and age > keep.days)
@@ -63,8 +63,8 @@ def sides_gone(
     """Folders of side files to delete, of those with the names `sides`: of iterations whose traces were deleted, now or
     before a crash. `left`: iterations that have traces."""
     found = {(str(PurePosixPath(name).parent), side_key(name)[1]) for name in sides}
-    first = _first_needed(existing, window, staleness)
-    return sorted(folder for folder, at in found if 0 <= at < first and at not in left)
+    first_needed = _first_needed(existing, window, staleness)
+    return sorted(folder for folder, at in found if 0 <= at < first_needed and at not in left)
 
 
 def delete_traces(store: Store, existing: Sequence[int], keep: RetentionConfig, *, window: int, staleness: int) -> None:

@@ -12,9 +12,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from mcts.verify.equality import equal, is_constant, is_zero, same_formula, value
-from mcts.verify.formula import CannotParse, parse
-from mcts.verify.number import Number
-from mcts.verify.reading import (
+from mcts.verify.forms import (
     Chain,
     Expression,
     Listed,
@@ -24,10 +22,11 @@ from mcts.verify.reading import (
     Ratio,
     Reading,
     Union,
-    Unreadable,
     Words,
-    read,
 )
+from mcts.verify.formula import CannotParse, parse
+from mcts.verify.number import Number
+from mcts.verify.reading import Unreadable, read
 from mcts.verify.sets import same_set
 
 _WORD_NUMBERS = (

@@ -12,9 +12,9 @@ import sympy
 from sympy.core.evalf import PrecisionExhausted
 from sympy.core.function import AppliedUndef
 
+from mcts.verify.forms import Expression, Reading
 from mcts.verify.formula import parse
 from mcts.verify.number import Number, stands_for
-from mcts.verify.reading import Expression, Reading
 
 CANCELLED_DIGITS = 1000
 _POINTS = (

@@ -7,86 +7,26 @@ chain of equations says, the base of a numeral, the unit behind a number.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
-from mcts.verify.number import Number, read_number, tidy
-from mcts.verify.units import Unit, read_unit
+from mcts.verify.forms import (
+    Chain,
+    Expression,
+    Listed,
+    Matrix,
+    Numeral,
+    Ordered,
+    Ratio,
+    Reading,
+    Union,
+    Words,
+)
+from mcts.verify.number import read_number, tidy
+from mcts.verify.units import read_unit
 
 
 class Unreadable(ValueError):
     """The text is no mathematics that this grammar knows; the message says why."""
 
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """Words, as compared: lower case, single spaces."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """A formula in LaTeX, to be parsed by math-verify."""
-
-    latex: str
-    unit: Unit | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Numeral:
-    """Digits in a stated base."""
-
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """Several things without an order: `{1, 2}`, or `1, 2` (`braces` False). One of them twice counts once."""
-
-    items: tuple[Reading, ...]
-    braces: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """`(a, b)`, `[a, b]`, `(a, b, c)`: a tuple, a vector, or with two items an interval."""
-
-    items: tuple[Reading, ...]
-    left: str
-    right: str
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    """`A \\cup B`."""
-
-    items: tuple[Reading, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """`3:2`, `12:00`."""
-
-    items: tuple[Reading, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    rows: tuple[tuple[Reading, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """`a = b = c`, `1 < x <= 2`: sides and what stands between them, in {=, <, <=, >, >=, !=, ~ (about)}."""
-
-    sides: tuple[Reading, ...]
-    signs: tuple[str, ...]
-    name: str = ""
-    """The text of the first side, where it only names the last one: `x` in `x = 2 + 3 = 5`. Else empty."""
-
-
-Reading = Words | Expression | Number | Numeral | Listed | Ordered | Union | Ratio | Matrix | Chain
 
 _SYMBOLS = str.maketrans(
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from mcts.verify.equality import plain, value
-from mcts.verify.reading import Chain, Listed, Ordered, Reading, Union
+from mcts.verify.forms import Chain, Listed, Ordered, Reading, Union
 
 
 def same_set(gold: Reading, given: Reading) -> bool:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from selfplay.config import parse_config
 from selfplay.doctor import examine
-from selfplay.doctor.documents import Documents, read_documents
-from selfplay.doctor.traces import order_faults, trace_faults, versions_of
-from selfplay.doctor.units import Expected, Progress, unit_faults
+from selfplay.doctor.documents import read_documents
+from selfplay.doctor.traces import trace_faults
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import iter_rows, list_shards, shard_path
-from tests.selfplay.winning_run import CONFIG, UNITS, build, rewrite, won
+from tests.selfplay.winning_run import UNITS, build, rewrite, won
 
 FIRST = "traces/iteration=00001/part-00000.arrow"
 Rows = list[dict[str, Any]]
@@ -348,59 +345,6 @@ def test_a_rollback_that_the_scores_demand_is_no_finding_and_any_other_version_i
         rewrite(run, lambda rows: [row.update(policy_version=0) for row in rows], iteration=2, part=part)
     _state(run, 2, base=0)
     assert checks(run) == []
-
-
-def documents_of(staleness: int, *scores: float) -> Documents:
-    """A run with so many scored iterations."""
-    rows = [
-        {"iteration": i, "dev_pass1": score, "dev_problems": 100, "rolled_back": False}
-        for i, score in enumerate(scores)
-    ]
-    config = parse_config(CONFIG, [f"play.max_staleness={staleness}"])
-    return Documents(Path("run"), config=config, configs=[config], metrics=rows)
-
-
-def test_staleness_allows_older_versions_and_no_newer_ones() -> None:
-    assert versions_of(documents_of(0, 0.2, 0.3, 0.4), 3) == {2}
-    assert versions_of(documents_of(1, 0.2, 0.3, 0.4), 3) == {1, 2}
-    assert versions_of(documents_of(2, 0.2, 0.3, 0.4), 1) == {0}
-
-
-def test_after_a_collapse_the_best_version_is_allowed_too() -> None:
-    """Version 4 collapses; with staleness 1 its score may become known an iteration later."""
-    scores = (0.2, 0.8, 0.7, 0.7, 0.1, 0.6)
-    assert versions_of(documents_of(0, *scores[:5]), 5) == {1}
-    assert versions_of(documents_of(1, *scores), 5) == {1, 3, 4}
-    assert versions_of(documents_of(1, *scores), 6) == {1, 4, 5}
-
-
-def test_versions_that_go_back_are_named_unless_the_weights_did() -> None:
-    newest = {1: 0, 2: 1, 3: 0}
-    assert [f.where for f in order_faults(newest, lambda _: False)] == ["traces/iteration=00003"]
-    assert not list(order_faults(newest, lambda iteration: iteration == 3))
-
-
-def listing(*iterations: int) -> dict[int, list[Path]]:
-    return {i: [Path(f"traces/iteration={i:05d}/part-{part:05d}.arrow") for part in range(2)] for i in iterations}
-
-
-def test_traces_that_retention_deleted_are_no_finding_and_a_gap_is() -> None:
-    expected = {i: Expected(10, 5) for i in range(1, 10)}
-    keeps = Progress(finished=8, ahead=1, needed=7, deletes=True)
-    assert not list(unit_faults(listing(7, 8), expected, keeps))
-    half = {**listing(6, 7, 8), 5: listing(5)[5][:1]}  # deleting 5 was interrupted
-    assert not list(unit_faults(half, expected, keeps))
-    assert [f.where for f in unit_faults(listing(6, 8), expected, keeps)] == ["traces/iteration=00007"]
-    assert [f.where for f in unit_faults(listing(3, 5, 6, 7, 8), expected, keeps)] == ["traces/iteration=00004"]
-    never = Progress(finished=8, ahead=1, needed=7, deletes=False)
-    assert len(list(unit_faults(listing(5, 6, 7, 8), expected, never))) == 4
-    (many,) = unit_faults({}, expected, replace(never, finished=99_999))
-    assert many.what == "has no shards of the finished iterations 1-99999"
-
-
-def test_a_shorter_last_unit_and_a_small_pool_are_expected() -> None:
-    assert [Expected(20, 8).rows(part) for part in range(3)] == [8, 8, 4]
-    assert Expected(7, 8).parts == 1
 
 
 def test_memory_is_bounded_by_one_iterations_ids(clean: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def random_search(seed: int, size: int) -> SearchResult:
 def rows_of(n: int, **changes: Any) -> list[dict[str, Any]]:
     """`n` rows of won searches on different problems."""
     return [to_row(won_search(f"q{i}"), context(**changes)) for i in range(n)]
+
+
+def shard(folder: Path, results: Sequence[SearchResult], part: int = 0, **changes: Any) -> Path:
+    """One committed shard with these searches, steps joined by a space."""
+    pending, final = folder / "pending" / f"{part}.arrow", shard_path(folder, 1, part)
+    write_pending(pending, [to_row(r, context(**{"joiner": " ", **changes})) for r in results], METADATA)
+    commit(pending, final)
+    return final
 
 
 def small_run(run: Path) -> Path:
