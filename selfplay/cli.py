@@ -43,7 +43,7 @@ def launch(
         str | None, typer.Option(help="run folder, or s3://BUCKET/PREFIX; default runs/<config>-<time>")
     ] = None,
     or_resume: Annotated[
-        bool, typer.Option("--or-resume", help="continue the run that --run-dir holds, if any")
+        bool, typer.Option("--or-resume", help="continue the run that --run-dir holds, if any, with its own config")
     ] = False,
     address: Annotated[str | None, typer.Option(help="join this Ray cluster: HOST:PORT or auto")] = None,
     submit: Annotated[str | None, typer.Option(help="send it as a Ray job to this dashboard: http://HOST:8265")] = None,
