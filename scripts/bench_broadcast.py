@@ -28,9 +28,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.numpy import load_file, save_file
 
 from selfplay.cluster.weights import Fetched, Weights, fetch, forget, publish
-from tests.cluster_net import MIB, Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.cluster_net import MIB, Cluster  # noqa: E402
+
 RUN_ID = "bench-broadcast"
 SIZES = (1, 10, 100)
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_learner import SHAPES, tree_of
 
 from mcts.tree import Tree
-from scripts.bench_learner import SHAPES, tree_of
 from selfplay.config import Config, load_config
 from selfplay.group import Alone, Group, TorchGroup, open_door
 from selfplay.learner import Budget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,26 @@ ROWS = [
     "idle, 1 ahead, 2 workers, learner x 2 threads",
     "wins, 1 ahead, 2 workers, learner x 2 threads",
 ]
+
+
+COMMANDS = sorted(
+    path.name
+    for path in (ROOT / "scripts").glob("*.py")
+    if "ArgumentParser(" in path.read_text(encoding="utf-8") and not path.name.startswith("trl_")
+)
+"""Scripts that a user calls, but for those that run in TRL's environment."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_script_starts_from_any_folder_without_settings(name: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / name), "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout
 
 
 @pytest.mark.bench
