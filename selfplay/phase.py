@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from mcts.rng import generator
 from mcts.tasks.base import Example
-from selfplay.errors import Interrupted, NonFiniteLoss, UserError
+from selfplay.errors import Interrupted, NonFiniteLoss
+from selfplay.feed import Feed
 from selfplay.forward import Outputs, batches, fit, forward
 from selfplay.group import shares, unheard
 from selfplay.metrics import Means, RunningAuc
@@ -132,8 +132,9 @@ class Phase:
         self.pool = pool
         self.side_by_side = side_by_side
         self.items = items
-        self.fresh = fresh
         self.n_fresh = 0 if fresh is None else (max(1, round(fresh_share * size)) if items else size)
+        longest = learner.settings.max_length
+        self.feed = None if fresh is None else Feed(fresh, learner.encode_examples, self.n_fresh, longest)
         self.n_traces = min(size - self.n_fresh, size) if items else 0
         self.key = key
         self.version = version
@@ -144,13 +145,13 @@ class Phase:
         self.steps = 0
         self.trained = 0
         self.seen = 0
-        self.drawn = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Between two steps: plain values and tensors."""
         return {
             "order": torch.tensor(self.order, dtype=torch.int64),
-            "counts": {name: getattr(self, name) for name in ("epoch", "steps", "trained", "seen", "drawn")},
+            "counts": {name: getattr(self, name) for name in ("epoch", "steps", "trained", "seen")}
+            | {"drawn": 0 if self.feed is None else self.feed.drawn},
             "means": self.means.state_dict(),
             "auc": [torch.from_numpy(counts.copy()) for counts in self.auc.counts],
         }
@@ -158,12 +159,13 @@ class Phase:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order = state["order"].tolist()
         for name, value in state["counts"].items():
-            setattr(self, name, value)
+            if name != "drawn":
+                setattr(self, name, value)
         self.means.load_state_dict(state["means"])
         for mine, saved in zip(self.auc.counts, state["auc"], strict=True):
             mine[:] = saved.cpu().numpy()
-        if self.fresh is not None:
-            next(islice(self.fresh, self.drawn, self.drawn), None)  # those were learned from already
+        if self.feed is not None:
+            self.feed.skip(state["counts"]["drawn"])  # those were learned from already
 
     def run(
         self, budget: Budget, schedule: Schedule, progress: Progress | None, keeper: Keeper | None
@@ -172,6 +174,8 @@ class Phase:
             sources = self._draw()
             if not sources:
                 break
+            if self.feed is not None and self._two_threads and self.steps + 1 != budget.steps:
+                self.feed.look_ahead(self.pool)
             figures, wish = self._step(sources, schedule.scale(self.steps), keeper)
             self.steps += 1
             self.means.add(figures)
@@ -196,6 +200,11 @@ class Phase:
             "epochs": self.seen / len(self.items) if self.items else 0.0,
         }
 
+    @property
+    def _two_threads(self) -> bool:
+        """Whether a thread of the pool has time beside this one: on a GPU all wait for the device."""
+        return self.side_by_side > 1 or self.learner.policy.device.type != "cpu"
+
     def _spent(self, budget: Budget) -> bool:
         if budget.steps is not None and self.steps >= budget.steps:
             return True
@@ -216,20 +225,10 @@ class Phase:
                 chosen.append(self.items[self.order.pop()])
             self.seen += len(chosen)
             sources.append(_Source(chosen, self.n_traces / total, True))
-        if self.fresh is not None:
-            settings = self.learner.settings
-            examples = list(islice(self.fresh, self.n_fresh))
-            self.drawn += len(examples)
-            if examples:
-                found = self.learner.encode_examples(examples)
-                longest = max(map(len, found))
-                if longest > settings.max_length:
-                    raise UserError(
-                        f"a worked example of {longest} tokens is longer than engine.max_context "
-                        f"({settings.max_length}): raise it, or leave out such examples"
-                    )
-                found = fit(found, settings.max_length, tree_mask=self.learner.tree_mask)
-                sources.append(_Source(found, self.n_fresh / total, False))
+        found = [] if self.feed is None else self.feed.take()
+        if found:
+            found = fit(found, self.learner.settings.max_length, tree_mask=self.learner.tree_mask)
+            sources.append(_Source(found, self.n_fresh / total, False))
         return sources
 
     def _tasks(self, sources: list[_Source]) -> list[_Task]:

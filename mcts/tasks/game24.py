@@ -60,6 +60,7 @@ class Game24(ArithmeticTask):
         warmup_target_low: int = 1,
         warmup_target_high: int = 99,
         warmup_share: float = 0.0,
+        balanced: bool = False,
         negatives: int = 1,
         larger_first: bool = True,
         seed: int = 0,
@@ -67,7 +68,8 @@ class Game24(ArithmeticTask):
         """path: CSV file; None: every solvable set, ranked by the chance that a random play wins.
         train_high: largest number in training; above 13 its further sets are puzzles of their own, without a rank.
         extra_target_*: train also on every reachable target of this range (None: on `target` alone).
-        warmup_share: share of warm-up plays that end at `target`, up to .5; 0: as random play has it."""
+        warmup_share: share of warm-up plays that end at `target`, up to .5; 0: as random play has it.
+        balanced: warm up on hard and easy problems about equally often (see WarmupSettings)."""
         name = "game24"
         whole_number(name, "max_value", max_value, HIGH, 2000)
         whole_number(name, "max_numerator", max_numerator, 0, 2000)
@@ -98,7 +100,7 @@ class Game24(ArithmeticTask):
             rules=Rules(max_value, max_numerator, max_denominator, zero=True),
             answer_rules=None,
             warmup=WarmupSettings(
-                warmup_target_low, warmup_target_high, negatives, larger_first, target, float(warmup_share)
+                warmup_target_low, warmup_target_high, negatives, larger_first, target, float(warmup_share), balanced
             ),
         )
         self.target = target

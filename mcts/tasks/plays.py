@@ -65,6 +65,17 @@ class Plays:
             tuple(states[which] for states in self.after),
         )
 
+    def joined(self, other: Plays) -> Plays:
+        """These plays, then the other ones."""
+        return Plays(
+            np.append(self.rows, other.rows),
+            np.concatenate([self.numbers, other.numbers]),
+            np.concatenate([self.left, other.left], axis=1),
+            np.concatenate([self.operation, other.operation], axis=1),
+            np.concatenate([self.right, other.right], axis=1),
+            tuple(np.concatenate(pair) for pair in zip(self.after, other.after, strict=True)),
+        )
+
 
 def random_plays(table: NumberTable, numbers: Int64, random: np.random.Generator) -> Plays:
     """One uniformly random legal play from each row of `numbers` [B, n]. Rows that run out of legal moves are

@@ -88,20 +88,22 @@ def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int
     """Word rows [any, L]: each play, then its negatives."""
     random = np.random.default_rng(seed)
     empty = 0
-    keep = _keeping(table, sets, settings) if settings.balanced else None
+    share = count_plays(table, sets, settings.target_low, settings.target_high).share if settings.balanced else None
+    keep = None if share is None else _keeping(share)
+    focus = settings.focus if settings.focus_share > 0 else None
+    odds = None if share is None or focus is None else _odds(share[:, focus - settings.target_low], focus)
     while True:
-        origin = random.integers(len(sets), size=CHUNK)
-        numbers = random.permuted(sets[origin], axis=1)
-        plays = random_plays(table, numbers, random)
-        # UNWRITTEN is negative and reads the appended entry.
-        reached = np.append(table.whole, -1)[np.maximum(plays.reached, -1)]
-        wanted = np.flatnonzero((reached >= settings.target_low) & (reached <= settings.target_high))
-        if keep is not None:
-            chance = keep[origin[plays.rows[wanted]], reached[wanted] - settings.target_low]
-            wanted = wanted[random.random(len(wanted)) < chance]
-        if settings.focus is not None and settings.focus_share > 0:
-            wanted = _focused(wanted, reached[wanted] == settings.focus, settings.focus_share)
-        if len(wanted) == 0:
+        if keep is not None and odds is not None:
+            plays, reached = _balanced_and_focused(table, sets, settings, random, keep, odds)
+        else:
+            plays, reached, origin = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK))
+            if keep is not None:
+                kept = _kept(keep, origin, reached - settings.target_low, random)
+                plays, reached = plays.keep(kept), reached[kept]
+            if focus is not None:
+                kept = _focused(reached == focus, settings.focus_share)
+                plays, reached = plays.keep(kept), reached[kept]
+        if len(reached) == 0:
             empty += 1
             if empty >= PATIENCE:
                 raise TaskSettingError(
@@ -110,26 +112,76 @@ def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int
                 )
             continue
         empty = 0
-        yield _with_negatives(table, plays.keep(wanted), reached[wanted], settings, random)
+        yield _with_negatives(table, plays, reached, settings, random)
 
 
-def _keeping(table: NumberTable, sets: Int64, settings: WarmupSettings) -> Float64:
-    """Chance to keep a play, float64 [S, T], that makes reachable problems about equally likely."""
-    share = count_plays(table, sets, settings.target_low, settings.target_high).share
+def _usable(
+    table: NumberTable, sets: Int64, settings: WarmupSettings, random: np.random.Generator, origin: Int64
+) -> tuple[Plays, Int64, Int64]:
+    """A random play from each of the sets `origin`: those that end at a target, the targets, and their sets."""
+    plays = random_plays(table, random.permuted(sets[origin], axis=1), random)
+    # UNWRITTEN is negative and reads the appended entry.
+    reached = np.append(table.whole, -1)[np.maximum(plays.reached, -1)]
+    wanted = np.flatnonzero((reached >= settings.target_low) & (reached <= settings.target_high))
+    return plays.keep(wanted), reached[wanted], origin[plays.rows[wanted]]
+
+
+def _rare(share: Float64) -> float:
+    """The rate that one reachable problem in ten is below; 1 where none is reachable."""
     reachable = share[share > 0]
-    if len(reachable) == 0:
-        return share
-    rare = float(np.quantile(reachable, 0.1))
-    chance: Float64 = np.minimum(1.0, rare / np.maximum(share, 1e-12))
+    return float(np.quantile(reachable, 0.1)) if len(reachable) else 1.0
+
+
+def _keeping(share: Float64) -> Float64:
+    """Chance to keep a play of each problem, float64 [S, T], that makes reachable ones about equally likely."""
+    chance: Float64 = np.minimum(1.0, _rare(share) / np.maximum(share, 1e-12))
     return chance
 
 
-def _focused(wanted: Int64, hit: Bool, share: float) -> Int64:
+def _odds(share: Float64, focus: int) -> Float64:
+    """Running sum of how often to start from each set, float64 [S], so that each is about as often seen to end at
+    `focus` as the others. Raises TaskSettingError."""
+    if not share.any():
+        raise TaskSettingError(f"random play does not reach {focus} from any training set: choose another target")
+    odds: Float64 = np.cumsum(np.where(share > 0, 1.0 / np.maximum(share, _rare(share)), 0.0))
+    return odds
+
+
+def _kept(keep: Float64, origin: Int64, column: Int64, random: np.random.Generator) -> Int64:
+    """The plays that stay."""
+    return np.flatnonzero(random.random(len(origin)) < keep[origin, column])
+
+
+def _balanced_and_focused(
+    table: NumberTable,
+    sets: Int64,
+    settings: WarmupSettings,
+    random: np.random.Generator,
+    keep: Float64,
+    odds: Float64,
+) -> tuple[Plays, Int64]:
+    """Plays that end at the focus and others in their ratio, problems of either kind about equally likely.
+
+    Few plays end at one target, so those start from the sets that `odds` favours, instead of being thrown away where
+    they are frequent.
+    """
+    origin = np.searchsorted(odds, random.random(CHUNK) * odds[-1], side="right")
+    plays, reached, _ = _usable(table, sets, settings, random, origin)
+    hits = np.flatnonzero(reached == settings.focus)
+    others, other, origin = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK // 4))
+    kept = _kept(keep, origin, other - settings.target_low, random)
+    kept = kept[other[kept] != settings.focus]
+    ratio = (1.0 - settings.focus_share) / settings.focus_share
+    hits = hits[: int(len(kept) / ratio)]
+    kept = kept[: round(len(hits) * ratio)]
+    mixed = random.permutation(len(hits) + len(kept))
+    return plays.keep(hits).joined(others.keep(kept)).keep(mixed), np.append(reached[hits], other[kept])[mixed]
+
+
+def _focused(hit: Bool, share: float) -> Int64:
     """All plays that hit, and as many of the first others as keep their share."""
     others = round(hit.sum() * (1 - share) / share)
-    kept = hit | (np.cumsum(~hit) <= others)
-    focused: Int64 = wanted[kept]
-    return focused
+    return np.flatnonzero(hit | (np.cumsum(~hit) <= others))
 
 
 def _with_negatives(

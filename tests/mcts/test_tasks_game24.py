@@ -201,6 +201,20 @@ def test_warm_up_can_favour_the_target_without_giving_the_label_away() -> None:
     assert plain[True] / 20_000 < 0.1
 
 
+def test_balanced_warm_up_sees_hard_puzzles_as_often_as_easy_ones() -> None:
+    def rare_share(task: Game24) -> float:
+        """Of the plays that end at 24, the share on the harder half of the training puzzles."""
+        chance = {key(p.meta["numbers"]): p.meta["share"] for p in task.problems("train")}
+        middle = float(np.median(list(chance.values())))
+        wins = (e for e in itertools.islice(task.warmup(0), 16_000) if e.imitate and e.problem.meta["target"] == 24)
+        hard = [chance[key(e.problem.meta["numbers"])] < middle for e in wins]
+        assert len(hard) > 3000
+        return float(np.mean(hard))
+
+    assert rare_share(Game24(warmup_share=0.5)) < 0.25
+    assert 0.4 < rare_share(Game24(warmup_share=0.5, balanced=True)) < 0.5
+
+
 HEADER = "Rank,Puzzles,other\n"
 
 
