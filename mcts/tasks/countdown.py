@@ -34,8 +34,9 @@ class Countdown(ArithmeticTask):
     """Settings: how many `numbers` from `low`..`high`, targets, the largest legal result, and the split.
 
     `heldout_sets` and `dev_sets` number sets are set aside; `problems("train")` has the reachable targets of at
-    most `train_sets` of the others (warm-up plays on all of them). `*_problems` cut a split to a random part of
-    it, None: all.
+    most `train_sets` of the others (warm-up plays on all of them). `train_high` above `high` adds the sets with
+    numbers up to it to training; what is held out stays the same. `*_problems` cut a split to a random part of it,
+    None: all.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Countdown(ArithmeticTask):
         heldout_sets: int = 256,
         dev_sets: int = 64,
         train_sets: int = 1500,
+        train_high: int | None = None,
         train_problems: int | None = None,
         dev_problems: int | None = 256,
         heldout_problems: int | None = 500,
@@ -61,7 +63,8 @@ class Countdown(ArithmeticTask):
         whole_number(name, "numbers", numbers, 3, 6)
         whole_number(name, "low", low, 1, MAX_WORDS)
         whole_number(name, "high", high, low, MAX_WORDS)
-        whole_number(name, "max_value", max_value, high, 1_000_000)
+        most = high if train_high is None else whole_number(name, "train_high", train_high, high, MAX_WORDS)
+        whole_number(name, "max_value", max_value, most, 1_000_000)
         whole_number(name, "target_low", target_low, 1, max_value)
         whole_number(name, "target_high", target_high, target_low + 1, min(max_value, target_low + MAX_WORDS))
         whole_number(name, "heldout_sets", heldout_sets, 0, MAX_SETS)
@@ -78,7 +81,7 @@ class Countdown(ArithmeticTask):
             name=name,
             count=numbers,
             low=low,
-            high=high,
+            high=most,
             rules=rules,
             answer_rules=rules,
             warmup=WarmupSettings(target_low, target_high, negatives, larger_first, balanced=balanced),
@@ -98,6 +101,10 @@ class Countdown(ArithmeticTask):
             "dev": sets[heldout_sets:aside],
             "train": sets[aside:],
         }
+        if most > high:
+            further = _number_sets(numbers, low, most, seed)
+            training = np.concatenate([sets[aside:], further[further[:, -1] > high]])
+            self._sets["train"] = np.random.default_rng([seed, 8]).permutation(training)
 
     def number_sets(self, split: str) -> Int64:
         """The number sets of a split, int64 [S, numbers], each row ascending."""

@@ -73,6 +73,17 @@ def test_problems_are_all_solvable_targets_of_the_training_sets(task: Countdown)
     assert len(task.number_sets("heldout")) == 256
 
 
+def test_larger_numbers_may_be_trained_on_and_leave_what_is_held_out_as_it_is(task: Countdown) -> None:
+    wider = Countdown(train_high=26, train_sets=3000)
+    for split in ("dev", "heldout"):
+        assert wider.problems(split) == task.problems(split)
+    sets = {tuple(row) for row in wider.number_sets("train").tolist()}
+    assert {row for row in sets if row[-1] <= 20} == {tuple(row) for row in task.number_sets("train").tolist()}
+    assert len({row for row in sets if row[-1] > 20}) == math.comb(28, 3) - math.comb(22, 3)
+    highest = max(max(p.meta["numbers"]) for p in wider.problems("train"))
+    assert highest == max(max(e.problem.meta["numbers"]) for e in itertools.islice(wider.warmup(0), 2000)) == 26
+
+
 def test_shares_are_the_frequencies_of_random_play(task: Countdown) -> None:
     sets = task.table.index(task.number_sets("train")[:3])
     exact = count_plays(task.table, sets, 10, 99).share
@@ -266,6 +277,7 @@ def test_read_refuses_what_the_vocabulary_cannot_say(task: Countdown, text: str)
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
+        ({"train_high": 19}, "train_high must be a whole number from 20"),
         ({"numbers": 2}, "numbers must be a whole number from 3 to 6, not 2"),
         ({"numbers": "3"}, "numbers must be"),
         ({"numbers": True}, "numbers must be"),
