@@ -18,6 +18,7 @@ from selfplay.doctor.documents import read_documents
 from selfplay.doctor.traces import trace_faults
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import iter_rows, list_shards, shard_path
+from tests.selfplay.trace_samples import unsealed
 from tests.selfplay.winning_run import UNITS, build, rewrite, won
 
 FIRST = "traces/iteration=00001/part-00000.arrow"
@@ -191,7 +192,7 @@ def _other_schema(path: Path) -> None:
         metadata, batch = reader.schema.metadata, reader.get_batch(0)
     at = batch.schema.get_field_index("answer")
     batch = batch.set_column(at, "answer", pa.array([1] * batch.num_rows, pa.int64()))
-    with ipc.new_file(path, batch.schema.with_metadata(metadata)) as writer:
+    with ipc.new_file(path, batch.schema.with_metadata(unsealed(metadata))) as writer:
         writer.write_batch(batch, custom_metadata={"index": "0", "sha256": batch_digest(batch)})
 
 
@@ -236,6 +237,7 @@ def _no_value_head(run: Path) -> None:
 
 FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("bit flipped", "checksum", FIRST, lambda run: flip(run / FIRST)),
+    ("bit flipped at the front", "checksum", FIRST, lambda run: flip(run / FIRST, 0.01)),
     ("truncated", "checksum", FIRST, lambda run: cut(run / FIRST)),
     ("empty", "checksum", FIRST, lambda run: (run / FIRST).write_bytes(b"")),
     ("another schema", "schema", FIRST, lambda run: _other_schema(run / FIRST)),
