@@ -245,7 +245,7 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("iteration missing", "units", "traces/iteration=00001", lambda run: shutil.rmtree(run / "traces/iteration=00001")),
     ("unit too many", "units", "traces/iteration=00002", lambda run: shutil.copy(
         shard_path(run, 2, 0), shard_path(run, 2, UNITS))),
-    ("unit twice", "units", "traces/iteration=00002", lambda run: shutil.copy(
+    ("unit twice", "units", "traces/iteration=00002/part-000000.arrow", lambda run: shutil.copy(
         shard_path(run, 2, 0), run / "traces/iteration=00002/part-000000.arrow")),
     ("odd name", "units", "traces/iteration=00002/mine.arrow", lambda run: shutil.copy(
         shard_path(run, 2, 0), run / "traces/iteration=00002/mine.arrow")),
@@ -305,6 +305,23 @@ def test_a_damaged_folder_is_named(check: str, where: str, damage: Callable[[Pat
     found = list(examine(run))
     assert (check, where) in [(finding.check, finding.where) for finding in found]
     assert all(finding.what and finding.cure and "\n" not in finding.line for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "cure"),
+    [
+        ("iteration=00001/part-x.arrow", "traces/iteration=00001/part-x.arrow", "move it out of the run"),
+        ("mine.arrow", "traces/mine.arrow", "move it out of the run"),
+        ("iteration=00001/part-00099.arrow", "traces/iteration=00001", "move it out of the run, or restore the config"),
+    ],
+)
+def test_a_broken_file_that_is_no_unit_is_one_finding(name: str, where: str, cure: str, run: Path) -> None:
+    """What it holds is not looked at: resume would not play it again."""
+    (run / "traces" / name).write_bytes(b"broken")
+    documents, _ = read_documents(run)
+    (finding,) = trace_faults(documents, len)
+    assert (finding.check, finding.where) == ("units", where)
+    assert finding.cure.startswith(cure)
 
 
 def test_a_pickle_in_a_checkpoint_is_never_run(run: Path) -> None:
