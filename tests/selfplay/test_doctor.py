@@ -268,6 +268,9 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
         run, lambda rows: rows[1].pop("staleness"))),
     ("metrics version", "metrics", "metrics.jsonl line 2", lambda run: _metrics(
         run, lambda rows: rows[1].update(policy_version=9))),
+    ("metrics emptied", "metrics", "metrics.jsonl", lambda run: (run / "metrics.jsonl").write_bytes(b"")),
+    ("metrics lost", "metrics", "metrics.jsonl", lambda run: (run / "metrics.jsonl").unlink()),
+    ("metrics shortened", "metrics", "metrics.jsonl", lambda run: _metrics(run, lambda rows: rows.pop())),
     ("metrics tokens", "metrics", "metrics.jsonl", lambda run: _metrics(
         run, lambda rows: rows[1].update(sampled_tokens=1))),
     ("metrics solved", "metrics", "metrics.jsonl", lambda run: _metrics(run, lambda rows: rows[1].update(solved=1.0))),
