@@ -74,7 +74,7 @@ def launch(
         from selfplay.cluster.submit import run_as_job
 
         raise typer.Exit(run_as_job(resolved, submit, run_dir, python=python, runtime_env=runtime_env))
-    from selfplay.executor import check_parts
+    from selfplay.executor import check_parts, join_cluster
     from selfplay.run_folder import RunFolder
     from selfplay.store import holds_run
 
@@ -84,6 +84,7 @@ def launch(
         _drive(RunFolder.open(folder, _joining(address, None), check_parts))
         return
     check_parts(resolved)
+    join_cluster(resolved)
     _drive(RunFolder.create(folder, resolved))
 
 

@@ -238,6 +238,15 @@ def check_parts(config: Config) -> None:
         check_architecture(config.model.fresh)
 
 
+def join_cluster(config: Config) -> None:
+    """Join the running Ray cluster that the config names, if any: a launch does so before it writes anything, so that
+    one that cannot be joined leaves no run. Raises RunError."""
+    if config.cluster.executor == "ray" and config.cluster.address is not None:
+        from selfplay.cluster.nodes import connect
+
+        connect(config)
+
+
 def make_executor(config: Config, place: Place) -> Executor:
     """The executor that the config names."""
     if config.cluster.executor == "inline":

@@ -57,6 +57,10 @@ class Mirror:
                 break
         return self.root / name
 
+    def tidy(self, name: str) -> None:
+        """Delete what is gone below `name`; fetch nothing."""
+        self.pull(name, only=lambda _: False)
+
     def _there(self, name: str) -> dict[str, str]:
         """The etags of all objects below `name`, as of now."""
         inside = f"{name}/" if name else ""

@@ -1,10 +1,10 @@
 """Shards on disk: write a pending file, commit it exactly once, read it back verified.
 
 A shard is an Arrow IPC file with zstd (schema and checksum: `selfplay.schema`). File metadata, all text:
-`schema_version`, `run_id`, `config_hash`, `rows`, `batches` (decimal), and `metadata_sha256`, the sha256 in hex
-of the other entries as JSON (an object with sorted keys, no spaces, UTF-8 unescaped). Custom metadata of each
-record batch: `index` (decimal, from 0) and `sha256` (`schema.batch_digest`). Together they reveal a flipped bit,
-a missing batch and a repeated one.
+`schema_version`, `run_id`, `config_hash`, `rows`, `batches` (decimal), `file_sha256` and `metadata_sha256`
+(`selfplay.seal`), which reveal a flip of any byte. Custom metadata of each record batch: `index` (decimal, from 0) and
+`sha256` (`schema.batch_digest`). They reveal a missing batch, a repeated one and one that reads back other than it
+was, also in shards of versions that wrote no `file_sha256`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from selfplay.schema import (
     batch_digest,
     batch_of,
 )
+from selfplay.seal import METADATA, is_whole, metadata_digest, sealed
 from selfplay.side_rows import KIND, Version, find_side, join, side_key
-from selfplay.traces import Trace, canonical_json, from_row
+from selfplay.traces import Trace, from_row
 from selfplay.tree_rows import Row
 from selfplay.where import Predicate
 
@@ -121,16 +122,15 @@ def write_pending(
         raise ValueError(f"a shard's metadata needs {' and '.join(missing)}")
     starts = range(0, len(rows), MAX_BATCH_ROWS)
     batches = [batch_of(list(rows[start : start + MAX_BATCH_ROWS]), columns) for start in starts]
-    schema = columns.with_metadata(_file_metadata(metadata, rows=len(rows), batches=len(batches)))
+    custom = [{"index": str(index), "sha256": batch_digest(batch)} for index, batch in enumerate(batches)]
+    counts = {"schema_version": SCHEMA_VERSION, "rows": str(len(rows)), "batches": str(len(batches))}
+    data = sealed(columns, zip(batches, custom, strict=True), {**metadata, **counts})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            with ipc.new_file(file, schema, options=ipc.IpcWriteOptions(compression="zstd")) as writer:
-                for index, batch in enumerate(batches):
-                    custom = {"index": str(index), "sha256": batch_digest(batch)}
-                    writer.write_batch(batch, custom_metadata=custom)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -140,15 +140,6 @@ def write_pending(
             temporary.unlink(missing_ok=True)
         reason = error.strerror or error
         raise ShardError(f"cannot write shard {path}: {reason}; free space or fix the folder") from error
-
-
-def _file_metadata(metadata: Mapping[str, str], *, rows: int, batches: int) -> dict[str, str]:
-    entries = {**metadata, "schema_version": SCHEMA_VERSION, "rows": str(rows), "batches": str(batches)}
-    return {**entries, "metadata_sha256": _metadata_digest(entries)}
-
-
-def _metadata_digest(entries: Mapping[str, str]) -> str:
-    return hashlib.sha256(canonical_json(dict(entries)).encode()).hexdigest()
 
 
 def commit(pending: Path, final: Path) -> bool:
@@ -203,7 +194,7 @@ def _open(path: Path) -> Iterator[tuple[ipc.RecordBatchFileReader, int, int]]:
                 f"{path} has schema {entries['schema_version']}, this version reads {SCHEMA_VERSION}; "
                 "read it with the version that wrote it"
             )
-        if entries.pop("metadata_sha256", None) != _metadata_digest(entries):
+        if entries.pop(METADATA, None) != metadata_digest(entries):
             raise _damaged(path, "its metadata does not match its checksum")
         with _damage(path):
             rows, batches = int(entries["rows"]), int(entries["batches"])
@@ -226,11 +217,15 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def iter_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """Record batches of a shard, in order, each verified; one at a time in memory.
+    """Record batches of a shard, in order, each verified; one at a time in memory, beside the file as it lies on disk.
 
     Raises ShardError on truncation, a flipped bit, a missing batch, or another major version of the schema.
     """
     with _open(path) as (reader, rows, batches):
+        with _damage(path):
+            whole = is_whole(path.read_bytes(), reader.schema)
+        if not whole:
+            raise _damaged(path, "its bytes do not match its checksum")
         if reader.num_record_batches != batches:
             raise _damaged(path, f"it has {reader.num_record_batches} of {batches} batches")
         seen = 0

@@ -2,7 +2,7 @@
 
 `RUN/reanalysis/version=00007/iteration=00003/part-00017.arrow` holds one row per row of the shard
 `RUN/traces/iteration=00003/part-00017.arrow`, scored with the weights of checkpoint 7. It is an Arrow IPC file as a
-shard is (zstd, `schema_version`, a checksum per batch and one over the metadata, see `selfplay.shards`), committed
+shard is (zstd, `schema_version`, a checksum per batch and one over the file, see `selfplay.shards`), committed
 once in the same way. File metadata beside a shard's: `kind` = `reanalysis`, `version`, and `weights`, the digest of the
 checkpoint's weights.
 

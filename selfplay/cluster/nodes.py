@@ -27,7 +27,7 @@ ANSWER_SECONDS = 120.0
 
 def connect(config: Config) -> None:
     """Start a Ray of our own without dashboard, whose processes end with this one, or join the one at
-    `cluster.address`. Raises RunError where that cannot be reached."""
+    `cluster.address`, if this process has not yet. Raises RunError where that cannot be reached."""
     cluster = config.cluster
     threads = str(cluster.worker_threads)
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **_passed_on()}
@@ -40,6 +40,8 @@ def connect(config: Config) -> None:
             _system_config={"worker_niceness": 0},  # ours is the job that this machine is for
             runtime_env={"env_vars": environment},
         )
+        return
+    if ray.is_initialized():
         return
     _reach(cluster.address)
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay import checkpoint as checkpoints
+from selfplay import heartbeat
 from selfplay.config import Config, ConfigError, load_config
 from selfplay.doctor.findings import RESTORE, Finding
 from selfplay.loop import last_good
@@ -34,6 +35,8 @@ class Documents:
     """The config and all earlier versions of it."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """Rows that are whole, in the order of the file."""
+    ended: bool = False
+    """Whether the last driver said that it came to the end."""
 
     @property
     def pool(self) -> int | None:
@@ -90,7 +93,8 @@ def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
     if facts is not None and config is not None and facts.get("seed") not in (None, config.seed):
         what = f"says seed {config.seed}, and run.json {facts['seed']}"
         findings.append(Finding("config", "config.yaml", what, RESTORE))
-    findings += _read_metrics(documents)
+    documents.ended = _has_ended(run)  # before the rows: a driver writes them all, and then says so
+    findings += list(_read_metrics(documents)) or missing_rows(documents)
     findings += pending_faults(run, None if facts is None else facts["epoch"])
     return documents, findings
 
@@ -132,6 +136,26 @@ def _read_metrics(documents: Documents) -> Iterator[Finding]:
             what = f"says version {row['policy_version']} came out of iteration {iteration}"
             yield Finding("metrics", where, what, RESTORE)
         documents.metrics.append(row)
+
+
+def missing_rows(documents: Documents) -> Iterator[Finding]:
+    """Rows that are missing at the end: of checkpoints whose evaluation no driver can still owe."""
+    there = checkpoints.existing(documents.run / "checkpoints")
+    last = documents.metrics[-1]["iteration"] if documents.metrics else -1
+    owed = 0 if documents.ended else 1 + max((known.play.max_staleness for known in documents.configs), default=0)
+    if not there or there[-1] - last <= owed:
+        return
+    what = "has no row" if last < 0 else f"ends at iteration {last}"
+    again = set(range(last + 1, there[-1])) <= set(there)  # resume evaluates every checkpoint without a row
+    cure = f"{RESTORE}, or resume, which evaluates what is missing again" if again else RESTORE
+    yield Finding("metrics", "metrics.jsonl", f"{what} although there is checkpoint {there[-1]}", cure)
+
+
+def _has_ended(run: Path) -> bool:
+    try:
+        return heartbeat.parse((run / heartbeat.FILE).read_text(encoding="utf-8")).get("state") == "ended"
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def pending_faults(run: Path, epoch: int | None) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from selfplay.doctor.documents import Documents
 from selfplay.doctor.findings import RESTORE, Finding, ShardFaults
 from selfplay.doctor.rows import Iteration, row_faults
 from selfplay.doctor.trees import tree_faults
-from selfplay.doctor.units import REPLAY, Expected, Progress, expected_units, folder_of, unit_faults
+from selfplay.doctor.units import REPLAY, Expected, Progress, by_iteration, expected_units, folder_of, unit_faults
 from selfplay.schema import MAX_BATCH_ROWS, SCHEMA
 from selfplay.shards import ShardError, iter_batches, list_shards, read_metadata, shard_key
 
@@ -27,9 +27,8 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
     if config is None:
         return  # without a config nothing can be expected; that it is missing was said
     shards = list_shards(run / "traces") if (run / "traces").is_dir() else []
-    iterations: dict[int, list[Path]] = {}
-    for path in shards:
-        iterations.setdefault(shard_key(path)[0], []).append(path)
+    iterations, others = by_iteration(shards, run)
+    yield from others
     progress = progress_of(documents, config)
     configs = {known.hash(): known for known in documents.configs}
     pool = documents.pool
@@ -42,13 +41,14 @@ def trace_faults(documents: Documents, note: Callable[[str], None]) -> Iterator[
     for number, paths in sorted(iterations.items()):
         at = Iteration(number, versions_of(documents, number))
         whole = True
-        for path in paths:
+        units = [path for path in paths if shard_key(path)[1] < expected[number].parts]  # of others it was said
+        for path in units:
             note(f"traces of iteration {number}: shard {done + 1} of {len(shards)}")
             found = list(shard_faults(path, run, at, expected[number], configs, documents, progress))
             whole = whole and not any(finding.check in ("checksum", "schema", "rows") for finding in found)
             yield from found
             done += 1
-        if whole and len(paths) == expected[number].parts:
+        if whole and len(units) == expected[number].parts:
             yield from metric_faults(documents, at)
         if at.rows:
             newest[number] = at.newest
@@ -135,9 +135,8 @@ def shard_faults(
         yield Finding("checksum", where, reason(error, path), cure)
         return
     yield from faults.findings(where)
-    part = shard_key(path)[1]
-    if 0 <= part < expected.parts and rows != expected.rows(part):
-        yield Finding("rows", where, f"has {rows} rows, and its unit has {expected.rows(part)} problems", cure)
+    if rows != (wanted := expected.rows(shard_key(path)[1])):
+        yield Finding("rows", where, f"has {rows} rows, and its unit has {wanted} problems", cure)
 
 
 def reason(error: ShardError, path: Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfplay.config import Config
 from selfplay.doctor.findings import RESTORE, Finding
-from selfplay.shards import shard_key, shard_name
+from selfplay.shards import shard_key, shard_path
 
 REPLAY = f"{RESTORE}, or delete it: resume plays that unit again"
 
@@ -61,7 +60,7 @@ class Progress:
 def unit_faults(
     iterations: Mapping[int, list[Path]], expected: Mapping[int, Expected], progress: Progress
 ) -> Iterator[Finding]:
-    """Missing, repeated and misnamed shards. `iterations` lists the shards of each iteration by `shard_key`."""
+    """Missing shards, and those that cannot be. `iterations` lists the shards of each iteration."""
     kept = min((i for i in iterations if i > 0), default=0)
     lost = [
         iteration
@@ -78,18 +77,7 @@ def unit_faults(
             what = f"holds traces that the run cannot have played yet: it has finished iteration {progress.finished}"
             yield Finding("units", folder, what, "restore the checkpoints and metrics.jsonl that belong to it")
             continue
-        parts = Counter(shard_key(path)[1] for path in shards)
-        parts.pop(-1, None)
-        for path in shards:
-            part = shard_key(path)[1]
-            if path.name != shard_name(part) or path.parent.name != f"iteration={iteration:05d}":
-                where = f"{path.parent.name}/{path.name}"
-                yield Finding("units", f"traces/{where}", "is no name of a unit's shard", "move it out of the run")
-        twice = sorted(part for part, times in parts.items() if times > 1)
-        if twice:
-            yield Finding(
-                "units", folder, f"has part {_ranges(twice)} more than once", "move one of them out of the run"
-            )
+        parts = {shard_key(path)[1] for path in shards}
         count = expected[iteration].parts
         beyond = sorted(part for part in parts if part >= count)
         if beyond:
@@ -97,11 +85,26 @@ def unit_faults(
             yield Finding(
                 "units", folder, what, "move it out of the run, or restore the config that it was played with"
             )
-        missing = sorted(set(range(count)) - parts.keys())
+        missing = sorted(set(range(count)) - parts)
         if missing and iteration <= progress.finished and not progress.may_lack(iteration):
             what = f"lacks part {_ranges(missing)} of {count} although the iteration is finished"
             cure = f"{RESTORE}, or resume, which plays it again" if iteration >= progress.needed else RESTORE
             yield Finding("units", folder, what, cure)
+
+
+def by_iteration(shards: Iterable[Path], run: Path) -> tuple[dict[int, list[Path]], list[Finding]]:
+    """The shards of each iteration; what lies among them and is no unit by its name is a finding instead, whatever it
+    holds."""
+    iterations: dict[int, list[Path]] = {}
+    others = []
+    for path in shards:
+        iteration, part = shard_key(path)
+        if path == shard_path(run, iteration, part):
+            iterations.setdefault(iteration, []).append(path)
+        else:
+            where = path.relative_to(run).as_posix()
+            others.append(Finding("units", where, "is no name of a unit's shard", "move it out of the run"))
+    return iterations, others
 
 
 def folder_of(iteration: int) -> str:

@@ -18,6 +18,7 @@ from selfplay.doctor.documents import read_documents
 from selfplay.doctor.traces import trace_faults
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import iter_rows, list_shards, shard_path
+from tests.selfplay.trace_samples import unsealed
 from tests.selfplay.winning_run import UNITS, build, rewrite, won
 
 FIRST = "traces/iteration=00001/part-00000.arrow"
@@ -191,7 +192,7 @@ def _other_schema(path: Path) -> None:
         metadata, batch = reader.schema.metadata, reader.get_batch(0)
     at = batch.schema.get_field_index("answer")
     batch = batch.set_column(at, "answer", pa.array([1] * batch.num_rows, pa.int64()))
-    with ipc.new_file(path, batch.schema.with_metadata(metadata)) as writer:
+    with ipc.new_file(path, batch.schema.with_metadata(unsealed(metadata))) as writer:
         writer.write_batch(batch, custom_metadata={"index": "0", "sha256": batch_digest(batch)})
 
 
@@ -236,6 +237,7 @@ def _no_value_head(run: Path) -> None:
 
 FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("bit flipped", "checksum", FIRST, lambda run: flip(run / FIRST)),
+    ("bit flipped at the front", "checksum", FIRST, lambda run: flip(run / FIRST, 0.01)),
     ("truncated", "checksum", FIRST, lambda run: cut(run / FIRST)),
     ("empty", "checksum", FIRST, lambda run: (run / FIRST).write_bytes(b"")),
     ("another schema", "schema", FIRST, lambda run: _other_schema(run / FIRST)),
@@ -243,7 +245,7 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
     ("iteration missing", "units", "traces/iteration=00001", lambda run: shutil.rmtree(run / "traces/iteration=00001")),
     ("unit too many", "units", "traces/iteration=00002", lambda run: shutil.copy(
         shard_path(run, 2, 0), shard_path(run, 2, UNITS))),
-    ("unit twice", "units", "traces/iteration=00002", lambda run: shutil.copy(
+    ("unit twice", "units", "traces/iteration=00002/part-000000.arrow", lambda run: shutil.copy(
         shard_path(run, 2, 0), run / "traces/iteration=00002/part-000000.arrow")),
     ("odd name", "units", "traces/iteration=00002/mine.arrow", lambda run: shutil.copy(
         shard_path(run, 2, 0), run / "traces/iteration=00002/mine.arrow")),
@@ -266,6 +268,9 @@ FOLDER_DAMAGES: list[tuple[str, str, str, Callable[[Path], Any]]] = [
         run, lambda rows: rows[1].pop("staleness"))),
     ("metrics version", "metrics", "metrics.jsonl line 2", lambda run: _metrics(
         run, lambda rows: rows[1].update(policy_version=9))),
+    ("metrics emptied", "metrics", "metrics.jsonl", lambda run: (run / "metrics.jsonl").write_bytes(b"")),
+    ("metrics lost", "metrics", "metrics.jsonl", lambda run: (run / "metrics.jsonl").unlink()),
+    ("metrics shortened", "metrics", "metrics.jsonl", lambda run: _metrics(run, lambda rows: rows.pop())),
     ("metrics tokens", "metrics", "metrics.jsonl", lambda run: _metrics(
         run, lambda rows: rows[1].update(sampled_tokens=1))),
     ("metrics solved", "metrics", "metrics.jsonl", lambda run: _metrics(run, lambda rows: rows[1].update(solved=1.0))),
@@ -303,6 +308,23 @@ def test_a_damaged_folder_is_named(check: str, where: str, damage: Callable[[Pat
     found = list(examine(run))
     assert (check, where) in [(finding.check, finding.where) for finding in found]
     assert all(finding.what and finding.cure and "\n" not in finding.line for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "cure"),
+    [
+        ("iteration=00001/part-x.arrow", "traces/iteration=00001/part-x.arrow", "move it out of the run"),
+        ("mine.arrow", "traces/mine.arrow", "move it out of the run"),
+        ("iteration=00001/part-00099.arrow", "traces/iteration=00001", "move it out of the run, or restore the config"),
+    ],
+)
+def test_a_broken_file_that_is_no_unit_is_one_finding(name: str, where: str, cure: str, run: Path) -> None:
+    """What it holds is not looked at: resume would not play it again."""
+    (run / "traces" / name).write_bytes(b"broken")
+    documents, _ = read_documents(run)
+    (finding,) = trace_faults(documents, len)
+    assert (finding.check, finding.where) == ("units", where)
+    assert finding.cure.startswith(cure)
 
 
 def test_a_pickle_in_a_checkpoint_is_never_run(run: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfplay.config import parse_config
-from selfplay.doctor.documents import Documents
+from selfplay.doctor.documents import Documents, missing_rows
 from selfplay.doctor.traces import order_faults, versions_of
 from selfplay.doctor.units import Expected, Progress, unit_faults
 from tests.selfplay.winning_run import CONFIG
@@ -48,6 +48,24 @@ def test_versions_that_go_back_are_named_unless_the_weights_did() -> None:
 
 def listing(*iterations: int) -> dict[int, list[Path]]:
     return {i: [Path(f"traces/iteration={i:05d}/part-{part:05d}.arrow") for part in range(2)] for i in iterations}
+
+
+def test_rows_that_no_driver_can_still_owe_are_missing_and_it_is_said_what_resume_can_do(tmp_path: Path) -> None:
+    def said(*numbers: int, rows: int, staleness: int = 0, ended: bool = False) -> list[str]:
+        for number in numbers:
+            (tmp_path / f"checkpoints/{number:05d}").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"checkpoints/{number:05d}/state.json").write_text("{}")
+        documents = replace(documents_of(staleness, *[0.5] * rows), run=tmp_path, ended=ended)
+        return [finding.line for finding in missing_rows(documents)]
+
+    assert said(0, rows=0) == []  # killed while it was evaluated
+    again = "restore it from a copy, or resume, which evaluates what is missing again"
+    assert said(0, rows=0, ended=True) == [f"metrics.jsonl: has no row although there is checkpoint 0; {again}"]
+    assert said(1, rows=1) == []
+    assert said(1, 2, rows=1, staleness=1) == []
+    assert said(1, 2, rows=1) == [f"metrics.jsonl: ends at iteration 0 although there is checkpoint 2; {again}"]
+    what = "metrics.jsonl: ends at iteration 0 although there is checkpoint 4; restore it from a copy"
+    assert said(4, rows=1, staleness=2) == [what]  # nothing is left of 3
 
 
 def test_traces_that_retention_deleted_are_no_finding_and_a_gap_is() -> None:

@@ -23,6 +23,7 @@ from selfplay.side_rows import SIDE_SCHEMA, side_path
 from tests.selfplay.test_doctor import cut, flip
 from tests.selfplay.test_reanalyse_loop import SETTINGS, go
 from tests.selfplay.tiny_run import tiny_config
+from tests.selfplay.trace_samples import unsealed
 
 SIDE = "reanalysis/version=00001/iteration=00001/part-00000.arrow"
 Rows = list[dict[str, Any]]
@@ -107,7 +108,7 @@ def other_schema(path: Path) -> None:
     with ipc.open_file(path) as reader:
         metadata, batch = reader.schema.metadata, reader.get_batch(0)
     batch = pa.record_batch([batch.column(0)], names=["trace_id"])
-    with ipc.new_file(path, batch.schema.with_metadata(metadata)) as writer:
+    with ipc.new_file(path, batch.schema.with_metadata(unsealed(metadata))) as writer:
         writer.write_batch(batch, custom_metadata={"index": "0", "sha256": batch_digest(batch)})
 
 

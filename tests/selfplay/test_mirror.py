@@ -88,6 +88,23 @@ def test_what_is_gone_goes(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not (driver.root / "traces").exists()
 
 
+def test_a_node_that_only_asks_for_single_checkpoints_drops_those_that_the_run_has_deleted(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A learner's, which makes them, fetches the one that it starts again from, and never looks at all of them."""
+    driver = new_store(s3_url)
+    node = elsewhere(driver, monkeypatch)
+    for number in range(1, 6):
+        name = f"checkpoints/{number:05d}"
+        node.publish(built(node), name)
+        node.pull(name)
+        for old in range(1, number - 1):  # what retention does on the driver's node, which keeps two
+            driver.remove(f"checkpoints/{old:05d}")
+        assert len(list((node.root / "checkpoints").iterdir())) <= 3
+    node.pull("checkpoints/00005")
+    assert {path.name for path in (node.root / "checkpoints").iterdir()} == {"00004", "00005"}
+
+
 def test_a_checkpoint_replaced_between_two_of_its_files_comes_whole(
     s3_url: str, meanwhile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

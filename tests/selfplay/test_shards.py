@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import random
 import struct
 import subprocess
 import sys
@@ -34,7 +33,16 @@ from selfplay.shards import (
 )
 from selfplay.traces import to_row
 from selfplay.where import parse_where
-from tests.selfplay.trace_samples import METADATA, context, lost_search, random_search, rows_of, small_run, won_search
+from tests.selfplay.trace_samples import (
+    METADATA,
+    context,
+    lost_search,
+    random_search,
+    rows_of,
+    small_run,
+    unsealed,
+    won_search,
+)
 
 ROW_FIELDS = """trace_id string, problem_id string, task string, split string, prompt string, reference? string,
     meta string, iteration int32, attempt int32, group? string, parent_trace? string, policy_version int32,
@@ -189,22 +197,6 @@ def test_checksum_follows_content_and_not_memory_layout(shard: Path) -> None:
     assert batch_digest(batch_of(changed)) != batch_digest(part)
 
 
-def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
-    path, damaged = tmp_path / "a.arrow", tmp_path / "b.arrow"
-    rows = [to_row(random_search(i, 4), context()) for i in range(8)]
-    write_pending(path, rows, METADATA)
-    raw, rng, messages = path.read_bytes(), random.Random(0), []
-    for _ in range(150):
-        at = rng.randrange(len(raw))
-        damaged.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
-        try:
-            assert list(iter_rows(damaged)) == rows
-        except ShardError as error:
-            messages.append(str(error))
-    assert len(messages) > 90
-    assert all(str(damaged) in message and "\n" not in message for message in messages)
-
-
 def test_a_truncated_shard_is_noticed(shard: Path) -> None:
     raw = shard.read_bytes()
     for keep in [0, 1, 7, *range(8, len(raw), len(raw) // 40), len(raw) - 1]:
@@ -218,12 +210,12 @@ def test_missing_repeated_and_swapped_batches_are_noticed(tmp_path: Path) -> Non
     write_pending(path, rows_of(130), METADATA)
     with ipc.open_file(path) as reader:
         batches = [reader.get_batch_with_custom_metadata(i) for i in range(3)]
-        schema = reader.schema
+        schema = reader.schema.with_metadata(unsealed(reader.schema.metadata))
     for order in ([0, 1], [0, 0, 2], [1, 0, 2], [0, 1, 2, 2]):
         with ipc.new_file(forged, schema) as writer:
             for i in order:
                 writer.write_batch(batches[i][0], custom_metadata=batches[i][1])
-        with pytest.raises(ShardError, match="damaged"):
+        with pytest.raises(ShardError, match=r"damaged: (it has \d|batch \d does)"):
             read_shard(forged)
 
 

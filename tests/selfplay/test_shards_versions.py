@@ -8,14 +8,13 @@ import pyarrow as pa
 import pytest
 from pyarrow import ipc
 
-from selfplay import shards
 from selfplay.columns import pick
 from selfplay.doctor.traces import schema_problem
 from selfplay.inspect import inspect_path
 from selfplay.schema import batch_digest
 from selfplay.shards import ShardError, iter_traces, read_shard, write_pending
 from selfplay.summary import summarise_shards
-from tests.selfplay.trace_samples import METADATA, rows_of
+from tests.selfplay.trace_samples import METADATA, rows_of, unsealed
 
 
 def rewrite(
@@ -25,11 +24,7 @@ def rewrite(
     usage of version 1.0."""
     with ipc.open_file(path) as reader:
         batch = reader.get_batch(0)
-        entries = {k.decode(): v.decode() for k, v in reader.schema.metadata.items()}
-    if metadata:
-        entries = {**entries, **metadata}
-        entries.pop("metadata_sha256")
-        entries["metadata_sha256"] = shards._metadata_digest(entries)
+        entries = unsealed(reader.schema.metadata, **(metadata or {}))
     if extra:
         batch = batch.append_column("novelty", pa.array([0.5] * batch.num_rows, pa.float32()))
     if old:

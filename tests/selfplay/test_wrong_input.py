@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from selfplay import cli
-from selfplay.cluster.nodes import connect
 from selfplay.run_folder import RunError, read_metrics
 from tests.models import make_policy, save_model
-from tests.selfplay.tiny_run import CONFIG, tiny_config
+from tests.selfplay.tiny_run import CONFIG
 from tests.selfplay.trace_samples import small_run
 
 Told = Callable[..., tuple[int, str]]
@@ -250,6 +249,11 @@ def test_a_seed_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: 
             assert "'--seed'" in capfd.readouterr().err
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once() -> None:
-    with pytest.raises(RunError, match=r"nothing answers at 127\.0\.0\.1:1 "):
-        connect(tiny_config("cluster={executor: ray, address: '127.0.0.1:1'}"))
+def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "tiny.yaml").write_text(CONFIG, encoding="utf-8")
+    joining = ("cluster.executor=ray", "--address", "127.0.0.1:1")
+    for _ in range(2):  # the same command can be given again
+        code, error = told("launch", tmp_path / "tiny.yaml", *joining, "--run-dir", tmp_path / "run")
+        assert code == 1
+        assert "nothing answers at 127.0.0.1:1 " in error
+        assert not (tmp_path / "run").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from mcts.budget import Usage
 from mcts.tree import Tree
 from mcts.types import Ended, Kind, Problem, SearchResult, Status, Step, Stop, Verdict
+from selfplay.seal import FILE, metadata_digest
+from selfplay.seal import METADATA as METADATA_DIGEST
 from selfplay.shards import commit, shard_path, write_pending
 from selfplay.traces import TraceContext, to_row
 
@@ -157,3 +159,10 @@ def small_run(run: Path) -> Path:
         write_pending(pending, [to_row(r, context(iteration=iteration)) for r in results], METADATA)
         commit(pending, shard_path(run, iteration, 0))
     return run
+
+
+def unsealed(metadata: Mapping[bytes, bytes], **changes: str) -> dict[str, str]:
+    """A shard's file metadata, changed, without a checksum over all bytes, for a file that is forged in a test."""
+    entries = {name.decode(): text.decode() for name, text in metadata.items()} | changes
+    entries = {name: text for name, text in entries.items() if name not in (FILE, METADATA_DIGEST)}
+    return {**entries, METADATA_DIGEST: metadata_digest(entries)}
