@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from mcts.strategies import build as build_strategy
+from mcts.tasks import load_task
 from selfplay.config import Config, ServerConfig
 from selfplay.objectives import build_objective
 from selfplay.objectives.base import Need
@@ -144,7 +145,8 @@ class Plan:
 
 def make_plan(config: Config) -> Plan:
     """The plan of a run. Raises PlanError where the model or the device's memory cannot be known, SettingError for a
-    strategy or objective that does not exist."""
+    task, strategy or objective that does not exist or refuses a setting (problem files are not read)."""
+    load_task(config.task.name, **config.task.settings)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
     objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
     shape = shape_of(config)

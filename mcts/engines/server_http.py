@@ -10,6 +10,7 @@ import http.client
 import json
 import math
 import queue
+import re
 import socket
 import threading
 import time
@@ -120,6 +121,12 @@ class Client:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise SettingError(f"the server's url {url!r} must look like http://host:port")
+        try:
+            _, _ = parts.port, parts.hostname.encode("idna")
+        except ValueError as error:
+            raise SettingError(f"the server's url {url!r} has no such host or port: {error}") from error
+        if api_key and not re.fullmatch(r"[!-~]+", api_key):
+            raise SettingError("the key for the server holds a space, a line break or another odd character: mend it")
         self.url = url.rstrip("/")
         self.patience = patience or Patience()
         self.retries = 0
@@ -267,6 +274,9 @@ class Client:
         except ConnectionRefusedError as error:
             outcome = _Outcome("down", f"connection refused ({error.strerror})")
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, http.client.InvalidURL):
+                self._results.put((call, _Outcome("refused", Failure(f"no call can go to {self.url}: {error}"))))
+                return
             connected = call.connection is not None
             late = isinstance(error, TimeoutError)
             said = f"no answer within {self.patience.deadline:g} s" if late else f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mcts.engines.server_asked import Asked, Begun, Omission
+from mcts.engines.server_asked import Asked, Begun, Omission, numbered
 from mcts.engines.server_reading import ending
 from mcts.engines.server_text import Text
 from mcts.rng import hash64
@@ -74,6 +74,8 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
     """The steps in a server's answer. Raises Omission."""
     if not isinstance(answer, dict):
         raise Omission("the server's answer is no JSON object")
+    if answer.get("error") and "choices" not in answer:
+        raise Omission(f"the server answered with an error: {str(answer['error'])[:300]!r}")
     if answer.get("model") != asked.model:
         raise Omission(f"the server answered with model {answer.get('model')!r} where {asked.model!r} was asked for")
     choices = answer.get("choices")
@@ -83,10 +85,7 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
             f"the server returned {count} choices where n={asked.n} was asked for: if it ignores n, set "
             "engine.server.split to true"
         )
-    by_index = {c.get("index"): c for c in choices if isinstance(c, dict)}
-    if set(by_index) != set(range(asked.n)):
-        raise Omission(f"the server's choices are not numbered 0 to {asked.n - 1}")
-    steps = tuple(_step(by_index[i], asked, text) for i in range(asked.n))
+    steps = tuple(_step(choice, asked, text) for choice in numbered(choices, asked.n, "the server's choices"))
     drawn = sum(len(step.token_ids) for step in steps) - len(asked.begun.token_ids)
     prompt, cached = _usage(answer.get("usage"), asked, drawn)
     return Drew(steps, prompt - cached, cached, drawn)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mcts.engines.server_asked import Omission
+from mcts.engines.server_asked import Omission, numbered
 from mcts.types import SettingError
 
 
@@ -37,12 +37,9 @@ class ServedValue:
         data = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(data, list) or len(data) != count:
             raise Omission(f"the reward model did not return one result for each of {count} inputs")
-        by_index = {row.get("index"): row for row in data if isinstance(row, dict)}
-        if set(by_index) != set(range(count)):
-            raise Omission(f"the reward model's results are not numbered 0 to {count - 1}")
-        return [self._one(by_index[i]) for i in range(count)]
+        return [self._one(row) for row in numbered(data, count, "the reward model's results")]
 
-    def _one(self, row: dict[str, Any]) -> float:
+    def _one(self, row: Mapping[str, Any]) -> float:
         value: Any
         if self.endpoint == "classify":
             probs = row.get("probs")
@@ -51,7 +48,7 @@ class ServedValue:
             value = row.get("data")
             while isinstance(value, list) and value:
                 value = value[-1]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise Omission(f"the reward model returned no number where {self.endpoint} should hold one")
         if self.sigmoid:
             value = 1.0 / (1.0 + math.exp(-max(-60.0, min(60.0, value))))

@@ -87,10 +87,11 @@ class Weights:
         if isinstance(answer, Failure):
             raise SettingError(f"the server does not say what it serves: {answer.why}")
         if check == "version":
-            found, wanted = answer.get("weight_version"), names["version"]
+            found, wanted = answer.get("weight_version") if isinstance(answer, dict) else None, names["version"]
         else:
-            entries = answer.get("data", []) if isinstance(answer, dict) else []
-            ids = {entry["id"]: entry.get("root") for entry in entries}
+            entries = answer.get("data") if isinstance(answer, dict) else None
+            known = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+            ids = {entry["id"]: entry.get("root") for entry in known if isinstance(entry.get("id"), str)}
             wanted = folder if check == "root" else _fill(self.reload.id, names)
             found = ids.get(self.model) if check == "root" else (wanted if wanted in ids else sorted(ids))
         if found != wanted:
@@ -119,12 +120,12 @@ class Weights:
                 rows = torch.log_softmax(policy.unembed(policy.hidden(torch.tensor([ids])))[0].float(), -1)
             for i, value in enumerate(served):
                 gaps.append(abs(float(rows[i, ids[i + 1]]) - float(value)))
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise SettingError(
                 "the server does not score prompts (echo with logprobs), so its weights cannot be proved: set "
                 "engine.server.reload.check to root, id or version"
             ) from error
-        worst = max(gaps, default=math.inf)
+        worst = max((math.inf if math.isnan(gap) else gap for gap in gaps), default=math.inf)
         if len(gaps) != len(ids) - 1 or not worst <= self.reload.tolerance:
             raise SettingError(
                 f"after the reload the served log-probabilities differ from {folder} by {worst:.3g} nats: the server "

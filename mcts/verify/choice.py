@@ -33,8 +33,16 @@ def read_choice(text: str, letters: str = "ABCDE") -> str | None:
 _NEGATION = re.compile(r"\b(?:not|cannot|never|rather than|instead of|non|pas)\b|n[’']t\b|不是", re.IGNORECASE)
 
 
+_REFUSED = re.compile(
+    r"\s*(?:(?:is|was)n[’']t\b|(?:is|was|can|could)\s*not\b|(?:is|was)\s+(?:wrong|incorrect|false|out)\b|not\s+(?:this|that)\b)",
+    re.IGNORECASE,
+)
+
+
 def _hedged(rest: str, others: set[str]) -> bool:
-    """Does what follows the letter name another option, without saying that it is not the one?"""
+    """Does what follows the letter refuse it, or name another option without saying that it is not the one?"""
+    if _REFUSED.match(rest):
+        return True
     named = re.search(r"\(([A-Za-z])\)|(?<![\w$\\'’])([B-HJ-Z])(?![\w'’])|\b(?:or|and)\s+(A)\b", rest)
     if named is None or next(group for group in named.groups() if group).upper() not in others:
         return False

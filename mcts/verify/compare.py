@@ -201,7 +201,11 @@ def _exact(reading: Reading) -> Reading:
 
 
 def _lone(reading: Reading) -> Reading:
-    return reading.items[0] if isinstance(reading, Listed) and len(reading.items) == 1 else reading
+    """`{5}` says 5; a set in a set stays one."""
+    if not isinstance(reading, Listed) or len(reading.items) != 1:
+        return reading
+    only = reading.items[0]
+    return reading if isinstance(only, Listed) and only.braces else only
 
 
 def _pairwise(gold: tuple[Reading, ...], given: tuple[Reading, ...]) -> bool:
@@ -257,16 +261,27 @@ def _same_chain(gold: Reading, given: Reading) -> bool:
         a, b = _upward(gold), _upward(given)
         if a.signs == b.signs and _pairwise(a.sides, b.sides):
             return True
-        return not {"="} & set(gold.signs + given.signs) and same_set(gold, given)
+        if "=" in gold.signs + given.signs or _unknowns(gold) != _unknowns(given):
+            return False
+        return same_set(gold, given)
     chain, other = (gold, given) if isinstance(gold, Chain) else (given, gold)
     assert isinstance(chain, Chain)
     if set(chain.signs) == {"="}:
         if not chain.name and not all(is_constant(side) for side in chain.sides):
             return False
+        if chain.name in _unknowns(chain.sides[-1]):
+            return False  # `x = x + 3` names nothing
         return same(chain.sides[-1], other) if chain is gold else same(other, chain.sides[-1])
     if isinstance(other, Ordered | Union) or (isinstance(other, Listed) and other.braces):
         return same_set(gold, given)
     return False
+
+
+def _unknowns(reading: Reading) -> set[str]:
+    """Names of the variables in it."""
+    found = value(reading)
+    own = {str(symbol) for symbol in found.free_symbols} if found is not None else set()
+    return own.union(*(_unknowns(part) for part in parts(reading)))
 
 
 def _upward(chain: Chain) -> Chain:

@@ -22,6 +22,9 @@ _POINTS = (
     ("-8/5", "9/7", "-6/13", "21/19"),
     ("29/11", "-31/17", "37/13", "-2/23"),
 )
+_FAR_POINTS = (("10007/3", "-9001/7", "8009/5", "-7013/9"), ("-10009/7", "9011/4", "-8011/3", "7019/8"))
+"""Beyond where a formula made of pieces (`|x-3|`) changes its form, as small points may not be."""
+_PIECES = (sympy.Abs, sympy.Max, sympy.Min, sympy.Piecewise, sympy.sign)
 """Values of the first, second, ... variable, one row for each point; further variables repeat them, scaled."""
 
 
@@ -76,13 +79,19 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
         zero = is_zero(difference)
         return bool(zero) if zero is not None else False
     verdicts = []
-    for point in _POINTS:
+    for point in _POINTS + (_FAR_POINTS if _in_pieces(difference) else ()):
         scale = [sympy.Rational(point[i % 4]) * (1 + i // 4) for i in range(len(symbols))]
         zero = is_zero(difference.subs(dict(zip(symbols, scale, strict=True))))
         if zero is False:
             return False
         verdicts.append(zero)
     return any(verdicts) or sympy.simplify(difference) == 0
+
+
+def _in_pieces(formula: sympy.Expr) -> bool:
+    """Does it hold an absolute value, a maximum, or an even root, which may be one?"""
+    powers = formula.atoms(sympy.Pow)
+    return formula.has(*_PIECES) or any(power.exp.is_Rational and power.exp.q % 2 == 0 for power in powers)
 
 
 def plain(difference: sympy.Expr) -> sympy.Expr:

@@ -8,7 +8,8 @@ Rules, in this order; the first whose marker is there decides, and a later one i
 4. `####`: the rest of its line.
 5. `phrase`: "the answer is ..." or "Answer: ...", up to the end of the sentence.
 Several different candidates for one marker are no answer, and neither are a box and a `####` that differ: a model must
-not win by naming many. For `number` and `choice` the answer must hold exactly one number or letter.
+not win by naming many. For `number` and `choice` the answer must hold exactly one number or letter, and where it is
+taken out of a sentence, no word beside it may change it (`not 18`, `half of 18`, `18 times two`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 from dataclasses import dataclass
 
 from mcts.verify.choice import read_choice
+from mcts.verify.doubt import doubtful
 from mcts.verify.number import read_number
 
 KINDS = ("math", "number", "choice", "exact")
@@ -41,7 +43,7 @@ _JOINT = re.compile(
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|<\|")
 _HOPE = re.compile(r"[.,]?\s*I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
 _NUMBERS = re.compile(
-    r"(?<![\w.])[-−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s+\d+/\d+|\d+/\d+|\d*\.?\d+(?:[eE][+-]?\d+)?)(?:\s?\\?%)?(?![\d/])"
+    r"(?<![\w.])[-−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s+\d+/\d+|\d+/\d+|\d*\.?\d+(?:[eE][+-]?\d+)?)(?:\s?\\?%)?(?![\d/]|\.\.)"
 )
 
 
@@ -199,17 +201,22 @@ def _typed(found: Extracted, kind: str) -> Extracted | Refusal:
             return Refusal("no number is named" if not numbers else "several numbers are named", marked=True)
         if found.rule == "boxed" or found.rule == "boxes":
             return found  # a box holds the answer and nothing else: the verifier judges it as it stands
+        if doubtful(answer, numbers[0]):
+            return Refusal("the words around the number change it", marked=True)
         return Extracted(numbers[0], found.rule)
     if kind == "choice":
         letter = read_choice(answer, "ABCDEFGHIJ")
         if letter is None and found.rule == "phrase":
             named = re.findall(r"(?<![\w'])\(?([A-J])\)?(?![\w'])", answer)
-            letter = named[0] if len(set(named)) == 1 else None
+            letter = named[0] if len(set(named)) == 1 and not doubtful(answer, named[0]) else None
         if letter is None:
             return Refusal("not one option is named", marked=True)
         return Extracted(letter, found.rule)
     if kind == "math" and found.rule == "phrase":
-        return Extracted(_formula(answer), found.rule)
+        formula = _formula(answer)
+        if formula != answer and doubtful(_FORMULA.sub(r" \1\2\3 ", answer), formula):
+            return Refusal("the words around the formula change it", marked=True)
+        return Extracted(formula, found.rule)
     return found
 
 

@@ -9,8 +9,9 @@ holds can make it slow. Edge cases decided here:
   is `1/3`, `0.33` is not. Of two decimals one stands for the other only from 6 decimals on: 16386.2 is not 16386.16.
 - `60%` equals `60%`, `0.6` and `60`: problems that ask for a percentage are answered both ways.
 - A unit on one side only is ignored; two units must measure the same: `300 cm` is `3 m`, `3 cm` is not. Words are
-  units in `\\text{}` or where they are known; `loose` reading takes other words too (`18 eggs`) and single letters.
-- `5 million` is 5000000; `5 squared`, `2 pi`, `3 quarters` are no plain numbers.
+  units in `\\text{}` or where they are known; `loose` reading takes other words too (`18 eggs`) and single letters,
+  but a letter that is no known unit must be gold's: `2 k` is not 2.
+- `5 million` is 5000000, `minus 5` is -5; `5 squared`, `2 pi`, `3 quarters`, `5 below zero` are no plain numbers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ _DECIMAL = re.compile(
     rf"((?:{_WHOLE})?)(?:\.(\d*))?(?:[eE]\s*\{{?([+-]?\d+)\}}?|\s*(?:\\times|\\cdot|\*|×|x|·)\s*10\s*\^\s*\{{?\s*([+\-−]?\s*\d+)\s*\}}?)?"
 )
 _COMMA_DECIMAL = re.compile(r"(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)(?![,\d])")
-_OPEN = re.compile(r"^\s*(?:\\\$|[$€£]|\\text\{\s*\$\s*\})?\s*([+\-−–])?\s*((?:\\\$|[$€£])?)\s*")
+_OPEN = re.compile(
+    r"^\s*(?:\\\$|[$€£]|\\text\{\s*\$\s*\})?\s*((?i:[+\-−–]|(?:minus|negative)\s))?\s*((?:\\\$|[$€£])?)\s*"
+)
+
+
+_RAISED_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_RAISED = re.compile(r"⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_WRAPPED_NUMBER = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf|boldsymbol)\s*\{\s*([-+−$]?\s*\d[^{}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +69,13 @@ class Number:
         return bool(self.sameness(other))
 
     def sameness(self, other: Number) -> str:
-        """Why the two are the same, in a few words; empty if they are not."""
+        """Why `other` is the same as this one, gold, in a few words; empty if it is not."""
         if self.percent != other.percent:
             if _close(self, other) or _close(self._scaled(), other._scaled()):
                 return "equal as a percentage"
             return ""
+        if self.unit is None and other.unit is not None and other.unit.is_letter:
+            return ""  # `2 k` for 2
         if self.unit is not None and other.unit is not None:
             if self.unit.dimension != other.unit.dimension:
                 return ""
@@ -112,6 +122,9 @@ def tidy(text: str) -> str:
             if left not in inner:
                 text = inner.strip()
                 break
+    wrapped = _WRAPPED_NUMBER.fullmatch(text)
+    text = wrapped[1] if wrapped is not None else text
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_RAISED_DIGITS)}}}", text)
     text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
     text = re.sub(r"(?<!\\)\\(?:[,;: ]|quad|qquad)|~|\u00a0|\u2009|\u202f", " ", text)
     text = re.sub(r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])", "", text)
@@ -130,7 +143,7 @@ def read_number(text: str, *, comma: bool = False, loose: bool = False) -> Numbe
     text = tidy(text)
     opened = _OPEN.match(text)
     money = "" if opened is None else re.sub(r"[^$€£]", "", opened[0])
-    sign = -1 if opened is not None and opened[1] in ("-", "−", "–") else 1
+    sign = -1 if opened is not None and opened[1] not in (None, "+") else 1
     rest = text[opened.end() :] if opened is not None else text
     if comma and (dotted := _COMMA_DECIMAL.match(rest)) is not None:
         rest = dotted[0].replace(",", ".") + rest[dotted.end() :]
@@ -227,10 +240,11 @@ _NO_UNITS = frozenset(
     exp inf infinity infty and or not nor but plus minus times divided over mod modulo choose factorial
     squared cubed half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh
     sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths percent pct
-    percentage base is to by if maybe either
+    percentage base is to by if maybe either zero below negative wrong incorrect false never none remainder
     """.split()  # noqa: SIM905
 )
 """Words behind a number that change or hedge it, and so are no units."""
+_PARTS = re.compile(r".*(?:teenth|tieth|leventh|elfth)s?")
 
 
 def _tail(text: str, loose: bool) -> tuple[bool, str, int] | None:
@@ -249,16 +263,22 @@ def _tail(text: str, loose: bool) -> tuple[bool, str, int] | None:
         return None
     words = re.split(r"[\s/\-]+", text.lower())
     scale = 1
-    if words[0] in _SCALES and not adjacent:
-        scale, words, text = _SCALES[words[0]], words[1:], text[len(words[0]) :].strip()
+    while words and words[0].removesuffix("s") in _SCALES and not adjacent:
+        scale *= _SCALES[words[0].removesuffix("s")]
+        words, text = words[1:], text[len(words[0]) :].strip()
     plain = [re.split(r"[\^²³.]", word)[0] for word in words]
-    if any(word in _NO_UNITS for word in plain) and not re.fullmatch(r"(?i:\w+ (?:squared|cubed))", text):
+    if any(changes(word) for word in plain) and not re.fullmatch(r"(?i:\w+ (?:squared|cubed))", text):
         return None
     if not wrapped and any(not (loose or is_known(word)) or (adjacent and not is_known(word)) for word in plain):
         return None
     if not wrapped and not loose and any(len(word) == 1 and word.isalpha() for word in plain):
         return None
     return False, text, scale
+
+
+def changes(word: str) -> bool:
+    """Does a word (lower case) behind a number change or hedge it, so that it is no unit?"""
+    return word in _NO_UNITS or _PARTS.fullmatch(word) is not None
 
 
 class NumberVerifier:

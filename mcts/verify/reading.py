@@ -20,7 +20,7 @@ from mcts.verify.forms import (
     Union,
     Words,
 )
-from mcts.verify.number import read_number, tidy
+from mcts.verify.number import changes, read_number, tidy
 from mcts.verify.units import read_unit
 
 
@@ -32,7 +32,7 @@ _SYMBOLS = str.maketrans(
     {
         "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∪": r"\cup ", "∩": r"\cap ",
         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "±": r"\pm ", "√": r"\sqrt ",
-        "²": "^2", "³": "^3", "−": "-", "–": "-", "θ": r"\theta ", "°": r"^\circ ", "\t": " ", "\n": " ", "\r": " ",
+        "−": "-", "–": "-", "θ": r"\theta ", "°": r"^\circ ", "\t": " ", "\n": " ", "\r": " ",
     }
 )  # fmt: skip
 _WRAPPED = r"\\(?:text|mbox|mathrm|textnormal|textrm|textbf|mathbf|textit|mathit|operatorname|boldsymbol)"
@@ -57,6 +57,9 @@ _PROSE = re.compile(
     r"(?:^|(?<=[\s(:]))(?!(?:sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|theta|alpha|beta|gamma|infinity)\b)"
     r"[A-Za-z]{4,}(?=$|[\s).:!?'])"
 )
+_DOTS = re.compile(r"\\[lcvd]?dots[bcmio]?(?![A-Za-z])|\.\.\.|…")
+_POWER_WORD = re.compile(r"\b(?:squared|cubed)\b")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|∅")
 _REALS = re.compile(r"\\mathbb\s*\{\s*R\s*\}|\\R(?![A-Za-z])|ℝ")
 _FUNCTIONS = frozenset(
@@ -104,6 +107,8 @@ def _read(text: str, depth: int) -> Reading:
     if _EMPTY.fullmatch(text):
         return Listed((), braces=True)
     text = _REALS.sub(r"(-\\infty,\\infty)", text)
+    if _DATE.fullmatch(text):
+        return Words(text)
     number = read_number(text)
     if number is not None:
         return number
@@ -316,11 +321,16 @@ def _expression(text: str) -> Reading:
     tail = _UNIT_TAIL.fullmatch(text)
     degrees = _DEGREES.fullmatch(text)
     if tail is not None and tail["rest"].strip():
+        words = re.findall(r"[a-z]+", tail["unit"].lower())
+        if any(changes(word) for word in words) and not _POWER_WORD.search(tail["unit"]):
+            raise Unreadable("words behind a formula that change it")
         unit, text = read_unit(tail["unit"] + (tail["power"] or "")), tail["rest"]
     elif degrees is not None and degrees["rest"].strip():
         unit, text = read_unit("°"), degrees["rest"]
     if not re.search(r"[A-Za-z0-9]", text):
         raise Unreadable("no letter and no digit")
+    if _DOTS.search(text):
+        raise Unreadable("something is left out")
     if _PROSE.search(text):
         raise Unreadable("words among a formula")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())

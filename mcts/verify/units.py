@@ -49,6 +49,11 @@ class Unit:
     factor: Fraction
     """How many base units one of it is."""
 
+    @property
+    def is_letter(self) -> bool:
+        """Is it a single letter that is in no table? Then it may be a factor or a scale as well (`2 k`, `5 M`)."""
+        return len(self.dimension) == 1 and self.dimension.isalpha() and self.dimension not in _SCALES
+
 
 def read_unit(text: str) -> Unit | None:
     """The unit that a text names; None for no unit at all, and for `units`, which names none."""
@@ -80,6 +85,8 @@ def is_known(word: str) -> bool:
 
 def _singular(word: str) -> str:
     low = word.lower()
+    if len(word) == 1 and word != low and word != "L":
+        return word  # M is no metre
     if low in _SCALES:
         return low
     return low[:-1] if len(low) > 2 and low.endswith("s") and not low.endswith("ss") else low

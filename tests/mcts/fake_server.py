@@ -202,6 +202,10 @@ class FakeServer:
                 self._send(handler, {"error": "no such field"}, 400)
             elif fault == "429":
                 self._send(handler, {"error": "later"}, 429)
+            elif fault == "moved":
+                self._send(handler, {}, 302)
+            elif fault in ("latin", "chunks"):
+                self._raw(handler, fault)
             elif fault == "cut":
                 handler.connection.shutdown(socket.SHUT_RDWR)
             else:
@@ -220,6 +224,12 @@ class FakeServer:
         handler.send_header("Content-Length", str(len(data) // 2 if half else len(data)))
         handler.end_headers()
         handler.wfile.write(data[: len(data) // 2] if cut or half else data)
+
+    def _raw(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
+        """Bytes that are no UTF-8, or a chunked answer that is cut off inside a chunk."""
+        latin = fault == "latin"
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if latin else b"Transfer-Encoding: chunked\r\n") + b"\r\n")
+        handler.wfile.write(b'{"model": "\xe9\xff"}' if latin else b'400\r\n{"model": "tiny", "choi')
 
     # ---- the model
 
@@ -258,6 +268,16 @@ class FakeServer:
         if fault == "same_index":
             for choice in choices:
                 choice["index"] = 0
+        if fault == "odd_index":
+            choices[0]["index"] = {"of": 0}
+        if fault == "reversed":
+            choices.reverse()
+        if fault == "negative_usage":
+            usage["prompt_tokens"] = -1
+        if fault == "many_cached":
+            usage["prompt_tokens_details"] = {"cached_tokens": len(prompt) + 1}  # type: ignore[assignment]
+        if fault == "error_body":
+            return {"error": {"message": "the engine is not ready"}}
         return answer
 
     def _spoil(self, choice: dict[str, Any], fault: str | None) -> dict[str, Any]:
@@ -267,6 +287,12 @@ class FakeServer:
             choice["logprobs"]["token_logprobs"] = choice["logprobs"]["token_logprobs"][:-1]
         elif fault == "positive":
             choice["logprobs"]["token_logprobs"][0] = 0.5
+        elif fault == "nan":
+            choice["logprobs"]["token_logprobs"][0] = float("nan")
+        elif fault == "null":
+            choice["logprobs"]["token_logprobs"][0] = None
+        elif fault == "few_ids":
+            choice["token_ids"] = choice["token_ids"][:-1]
         elif fault == "aborted":
             choice["finish_reason"] = "abort"
         elif fault == "other_text":

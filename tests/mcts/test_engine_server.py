@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mcts.engines.server import ServerEngine
+from mcts.engines.server_asked import Omission
 from mcts.engines.server_http import Client
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.types import Request, Stop
@@ -64,6 +65,13 @@ class TestContractOneChoicePerCall(EngineContract):
 OMISSIONS = {
     "ignores_n": "returned 1 choices where n=3",
     "same_index": "not numbered 0 to 2",
+    "odd_index": "not numbered 0 to 2",
+    "negative_usage": "no usage.prompt_tokens",
+    "many_cached": "cached tokens of a prompt",
+    "error_body": "answered with an error: \"{'message': 'the engine is not ready'}\"",
+    "nan": "log-probability that is no number",
+    "null": "log-probability that is no number",
+    "few_ids": "token ids with",
     "no_logprobs": "no logprobs",
     "few_logprobs": "token ids with",
     "positive": "log-probability that is no number",
@@ -92,6 +100,13 @@ def test_an_answer_that_is_not_what_was_asked_ends_the_request_with_a_sentence_t
     assert OMISSIONS[fault] in reply.error
     assert len(server.seen) == 1, "asking again would not help"
     assert (reply.uncounted_calls, reply.uncounted_tokens) == (1, 18), "it drew something for the refused answer"
+
+
+def test_choices_in_another_order_are_put_back_by_their_index(server: FakeServer, engine: ServerEngine) -> None:
+    plain = [step.token_ids.tolist() for step in ask(engine).steps]
+    assert len({tuple(ids) for ids in plain}) > 1
+    server.always = "reversed"
+    assert [step.token_ids.tolist() for step in ask(engine).steps] == plain
 
 
 def test_steps_hold_the_tokens_and_log_probabilities_that_the_server_drew(
@@ -186,6 +201,20 @@ def test_missing_values_end_the_request(server: FakeServer, folder: Path) -> Non
     reply = ask(engine)
     assert "one result for each" in str(reply.error)
     assert (reply.uncounted_calls, reply.uncounted_tokens) == (1, server.sampled), "the steps are in no reply"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"index": {}, "probs": [0.5, 0.5]}, "not numbered"),
+        ({"index": 0, "probs": [0.5, 10**400]}, "returned no number"),
+        ({"index": 0, "probs": [0.5, math.nan]}, "returned no number"),
+        ({"index": 0, "probs": [0.5]}, "returned no number"),
+    ],
+)
+def test_what_is_no_value_is_refused(row: dict[str, object], said: str) -> None:
+    with pytest.raises(Omission, match=said):
+        ServedValue("http://x", "prm").read({"data": [row]}, 1)
 
 
 def test_local_values_are_those_of_the_policys_head(server: FakeServer, folder: Path) -> None:

@@ -15,7 +15,7 @@ from tests.mcts.fake_server import FakeServer
 from tests.mcts.served import PROMPT, QUICK, ask, make
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "429"])
+@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "latin", "chunks", "429"])
 def test_a_fault_that_passes_costs_time_only(server: FakeServer, engine: ServerEngine, fault: str) -> None:
     plain = ask(engine)
     server.faults = deque([fault, fault])
@@ -124,6 +124,26 @@ def test_no_more_calls_are_under_way_than_allowed(server: FakeServer, folder: Pa
 def test_the_client_says_which_url_it_cannot_use() -> None:
     with pytest.raises(SettingError, match="http://host:port"):
         Client("localhost:8000")
+    for url in ("http://127.0.0.1:99999", "http://127.0.0.1:port", "http://a..b:80"):
+        with pytest.raises(SettingError, match="no such host or port"):
+            Client(url)
+
+
+def test_a_key_that_no_header_can_hold_is_refused() -> None:
+    with pytest.raises(SettingError, match="line break"):
+        Client("http://127.0.0.1:8000", api_key="secret\n")
+
+
+def test_a_path_that_no_call_can_have_is_said(server: FakeServer) -> None:
+    answer = Client(server.url + "/a b").call("/v1/models")
+    assert isinstance(answer, Failure)
+    assert "no call can go to" in answer.why
+
+
+def test_a_redirect_is_refused_and_not_followed(server: FakeServer, engine: ServerEngine) -> None:
+    server.always = "moved"
+    assert "status 302" in str(ask(engine).error)
+    assert len(server.seen) == 1
 
 
 def test_what_was_drawn_for_a_request_that_fails_is_uncounted(server: FakeServer, folder: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mcts.engines.server import ServerEngine
-from mcts.engines.server_weights import SGLANG, Reload
+from mcts.engines.server_http import Client
+from mcts.engines.server_weights import SGLANG, Reload, Weights
 from mcts.tasks import load_task
 from mcts.types import SettingError
 from tests.mcts.fake_server import FakeServer
@@ -101,3 +103,29 @@ def test_a_missing_key_is_named_by_its_variable(
     config = served_config(server, api_key_env="SOME_SERVER_KEY")
     with pytest.raises(ValueError, match="SOME_SERVER_KEY is not set"):
         make_engine(config, folder / "policy", None, 0, load_task("countdown", numbers=3))
+
+
+class Scripted(Client):
+    """Answers every call with `answer`."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self.answer = answer
+
+    def call(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [None, [], "ok", {"data": None}, {"data": [1, {"id": {}}]}])
+@pytest.mark.parametrize("check", ["version", "root", "id"])
+def test_an_odd_answer_about_what_is_served_is_one_sentence(check: Any, answer: Any) -> None:
+    with pytest.raises(SettingError, match="after the reload the server says"):
+        Weights(Scripted(answer), "tiny", Reload(check=check, id="tiny")).load("folder", 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, "x"])
+def test_log_probabilities_that_are_no_numbers_prove_nothing(folder: Path, value: Any) -> None:
+    answer = {"choices": [{"logprobs": {"token_logprobs": [None, *[-1.0] * 14, value]}}]}
+    weights = Weights(Scripted(answer), "tiny", Reload(tolerance=1e6))
+    with pytest.raises(SettingError, match=r"other weights|cannot be proved"):
+        weights.load(str(folder), 1)

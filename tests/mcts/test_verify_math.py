@@ -43,6 +43,7 @@ EQUAL = [
     (r"\begin{pmatrix} 1/2 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 0.5 \\ 2 \end{bmatrix}"), ("12:00", "12:00"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"), (r"(-\infty, 0]", r"\left(-\infty,0\right]"), ("4", "four"),
     (r"\text{(C)}", "C"), (r"\text{even}", "Even."), (r"\text{Evelyn}", "Evelyn"), (r"\boxed{7}", "$7$"), ("a_3=2, a_{37}=19", "a_{37}=19, a_3=2"),
+    ("-18", "negative 18"), ("18", r"\text{18}"), ("18", r"\mathbf{18}"), ("6.02e23", "6.02 × 10²³"), ("2 N", "2 N"),
     (r"\\frac{1}{5}", r"\frac{1}{5}"), ("2007 + \\frac\\pi 2", r"2007+\pi/2"),
 ]  # fmt: skip
 
@@ -59,6 +60,10 @@ DIFFERENT = [
     ("x^3+3x-6", "x^3+3x+6"), ("(a+5)(b+2)", "(+5)(b+2)"), ("x+2n+1", "x+1"), ("i", "-i"), (r"1\sqrt{19}", "1"), ("18", "18!"),
     (r"1 - \frac{1}{\mathrm{e}}", r"1 + \frac{1}{\mathrm{e}}"), ("12:00", "1:00"), ("18", "18 million"), ("2", r"2\pi"), ("18", "18%3"),
     (r"\begin{pmatrix}1 & 2 \\ 3 & 4\end{pmatrix}", r"\begin{pmatrix}1 & 2 \\ 3 & 5\end{pmatrix}"), (r"\text{E}", "d"), ("18", "eighty"),
+    ("|x-3|", "3-x"), ("|x+5|", "x+5"), (r"\sqrt{(x-100)^2}", "100-x"), (r"\max(x,-2)", "x"), ("x<5", "y<5"), ("x+3", "x=x+3"),
+    (r"\emptyset", r"\{\emptyset\}"), (r"\{1,2\}", r"\{\{1,2\}\}"), ("2", "2 k"), ("5", "5 M"), ("18", "18 dozens"), ("18", "18 millions"),
+    ("200", "2 hundred thousand"), ("3", "3 sixteenths"), ("18", "18 below zero"), ("18", "negative 18"), ("18", r"18\text{ is wrong}"),
+    ("18", r"18\ldots"), (r"1+2+10", r"1+2+\ldots+10"), ("2025-01-02", "2025-02-01"), ("10^{8}", "10²³"),
     ("x_1=1, x_2=2", "2, 1"), (r"(0,9) \cup (9,36)", "(0,36)"), ("2k", "2"), ("32349", "32, 349"), ("3", "3 squared"), ("5x", "5"),
 ]  # fmt: skip
 

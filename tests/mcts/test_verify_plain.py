@@ -42,7 +42,8 @@ def test_a_wrong_name_or_setting_is_one_sentence(name: str, settings: dict[str, 
 @pytest.mark.parametrize(
     ("gold", "prediction"),
     [("-3", "-3.0"), ("+7", "7"), ("1000.99", "$1,000.99"), ("1000.99", "1000,99"), ("0.111", "0,111"), ("18", "18 eggs"),
-     ("5000", "5 thousand"), ("7/2", "3.5"), ("18", "18 m²"), ("72", "7.2e1")],
+     ("5000", "5 thousand"), ("7/2", "3.5"), ("18", "18 m²"), ("72", "7.2e1"),
+     ("-18", "negative 18"), ("-18", "minus 18"), ("18 N", "18 N"), ("18 N", "18"), ("200000", "2 hundred thousand")],
 )  # fmt: skip
 def test_equal_numbers_are_correct(gold: str, prediction: str) -> None:
     assert NumberVerifier().verify(gold, prediction).status is Status.CORRECT
@@ -51,7 +52,8 @@ def test_equal_numbers_are_correct(gold: str, prediction: str) -> None:
 @pytest.mark.parametrize(
     ("gold", "prediction", "status"),
     [("-3", "3", "wrong"), ("18", "81", "wrong"), ("5 km", "5 cm", "wrong"), ("18", "18 or 19", "unparsable"),
-     ("18", "x", "unparsable"), ("x", "x", "unparsable"), ("18", "2 pi", "unparsable"), ("18", "18 squared", "unparsable")],
+     ("18", "x", "unparsable"), ("x", "x", "unparsable"), ("18", "2 pi", "unparsable"), ("18", "18 squared", "unparsable"), ("18", "18 K", "wrong"),
+     ("18", "18 dozens", "wrong"), ("3", "3 sixteenths", "unparsable"), ("18", "18 degrees below zero", "unparsable"), ("18", "minus 18", "wrong")],
 )  # fmt: skip
 def test_other_numbers_are_not(gold: str, prediction: str, status: str) -> None:
     verdict = NumberVerifier(partial=0.1).verify(gold, prediction)
@@ -67,7 +69,8 @@ def test_what_is_no_plain_number_is_not_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("gold", "prediction", "status"),
     [("C", "(C) Cecile", "correct"), ("(D) Alina", "D", "correct"), ("B", "b.", "correct"), ("A", "C", "wrong"),
-     ("A", "A or B", "unparsable"), ("A", "A dog", "unparsable"), ("F", "F", "unparsable"), ("D", "D. it can't be A or B", "correct")],
+     ("A", "A or B", "unparsable"), ("A", "A dog", "unparsable"), ("F", "F", "unparsable"), ("D", "D. it can't be A or B", "correct"),
+     ("B", "(B) is incorrect", "unparsable"), ("B", "B: not this one", "unparsable"), ("B", "(B) Not enough is known", "correct")],
 )  # fmt: skip
 def test_choices(gold: str, prediction: str, status: str) -> None:
     assert ChoiceVerifier().verify(gold, prediction).status == status

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import load_dataset
 
 from mcts.engines import adapters
 from mcts.engines.model import Policy
@@ -70,7 +71,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def whole_loop(folder: Path, family: str, **changes: Any) -> list[dict[str, Any]]:
-    """Launch, kill -9 in the middle of play, resume, inspect, evaluate, solve; the rows of metrics.jsonl."""
+    """Launch, kill -9 in the middle of play, resume, inspect, evaluate, solve, export; the rows of metrics.jsonl."""
     model = save_model(
         folder / "model", family, tok=bpe_tokenizer(), head=False, scale=1.0, width=48, layers=2, context=512
     )
@@ -94,7 +95,22 @@ def whole_loop(folder: Path, family: str, **changes: Any) -> list[dict[str, Any]
     assert solved.returncode in (0, 1), solved.stderr
     assert "Traceback" not in solved.stderr
     assert "tokens sampled" in solved.stdout
+    export(run, folder / "exported")
     return rows
+
+
+def export(run: Path, folder: Path) -> None:
+    """Traces as reward-model rows that `datasets` loads, chat prompts as their template wrote them; the value head."""
+    rows = folder / "rows" / "prm.parquet"
+    written = selfplay("export", str(run), "--format", "prm", "--value", "search", "--out", str(rows), "--json")
+    assert written.returncode == 0, written.stderr
+    loaded = load_dataset("parquet", data_files=str(rows), split="train", cache_dir=str(folder / "cache"))
+    assert len(loaded) == json.loads(written.stdout)["rows"] > 0
+    assert all(row["prompt"] and len(row["completions"]) == len(row["values"]) > 0 for row in loaded)
+    head = selfplay("export", str(run), "--format", "prm-model", "--out", str(folder / "head"), "--json")
+    assert head.returncode == 0, head.stderr
+    assert json.loads(head.stdout)["written_error"] < 1e-5
+    assert json.loads((folder / "head" / "config.json").read_text())["id2label"] == {"0": "value"}
 
 
 SHOWN = ("policy_loss", "value_loss", "replay_nll", "replay_value_loss", "logprob_gap", "sampled_tokens", "solved")

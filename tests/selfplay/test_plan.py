@@ -257,6 +257,17 @@ def test_a_part_that_does_not_exist_is_found_before_anything_else() -> None:
         make_plan(config("learn.objective.name=nonesuch"))
     with pytest.raises(SettingError, match="nonesuch"):
         make_plan(config("play.search.strategy.name=nonesuch"))
+    with pytest.raises(SettingError, match="no task 'nonesuch'"):
+        make_plan(config("task.name=nonesuch"))
+    with pytest.raises(SettingError, match="no setting 'number': did you mean 'numbers'"):
+        make_plan(config("task.number=3"))
+
+
+def test_a_wrong_setting_of_a_task_is_found_before_its_files_and_model_are_there() -> None:
+    file = CONFIGS / "own_problems.yaml"
+    make_plan(load_config(file, ["task.path=not/yet/here.jsonl"]))
+    with pytest.raises(SettingError, match="delimeter"):
+        make_plan(load_config(file, ["task.path=not/yet/here.jsonl", "task.delimeter=x"]))
 
 
 def test_the_plan_changes_neither_traces_nor_weights() -> None:
