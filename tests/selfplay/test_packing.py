@@ -79,7 +79,7 @@ trees = st.builds(
 
 
 @given(st.lists(trees, min_size=1, max_size=5), st.integers(0, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_token_sees_its_ancestors_and_nothing_else(many, extra):
     items = [full_item(tree) for tree in many]
     packed = pack(items, max(len(item) for item in items) + extra)
@@ -112,7 +112,7 @@ def placed(items, packed):
 
 
 @given(st.lists(trees, min_size=1, max_size=6), st.integers(8, 60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packing_loses_no_token_and_no_annotation(many, limit):
     items = [full_item(tree) for tree in many]
     length = max(limit, max(int(np.diff(segments(i)).max()) for i in items))

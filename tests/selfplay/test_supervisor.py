@@ -296,7 +296,7 @@ def test_a_worker_never_holds_two_versions() -> None:
     assert versions == {0, 1}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), workers=st.integers(1, 5), n_units=st.integers(1, 12), n_deadly=st.integers(0, 2))
 def test_whatever_happens_each_unit_comes_once_and_only_what_kills_fails(
     seed: int, workers: int, n_units: int, n_deadly: int
