@@ -33,6 +33,15 @@ def hash_of(prefix: list[int]) -> int:
     return value
 
 
+_REFUSED: dict[str | None, tuple[dict[str, str], int]] = {
+    "500": ({"error": "out of luck"}, 500),
+    "400": ({"error": "no such field"}, 400),
+    "429": ({"error": "later"}, 429),
+    "moved": ({}, 302),
+}
+_BROKEN = ("cut", "latin", "chunks")
+
+
 class PrefixBlocks:
     """Which whole blocks of which prefixes are cached, as a paged cache keeps them: the reference for servers."""
 
@@ -196,24 +205,18 @@ class FakeServer:
         try:
             if fault in ("slow", "slow_once"):
                 self.stall.wait()
-            if fault == "500":
-                self._send(handler, {"error": "out of luck"}, 500)
-            elif fault == "400":
-                self._send(handler, {"error": "no such field"}, 400)
-            elif fault == "429":
-                self._send(handler, {"error": "later"}, 429)
-            elif fault == "moved":
-                self._send(handler, {}, 302)
-            elif fault in ("latin", "chunks"):
-                self._raw(handler, fault)
-            elif fault == "cut":
-                handler.connection.shutdown(socket.SHUT_RDWR)
-            else:
-                answer = self._answer(body, fault)
-                self._send(handler, answer, cut=fault == "truncate", half=fault == "half")
+            answer = None if fault in _REFUSED or fault in _BROKEN else self._answer(body, fault)
         finally:
-            with self._lock:
+            with self._lock:  # before the answer leaves: the client may call again as soon as it is there
                 self._under_way -= 1
+        if fault in _REFUSED:
+            self._send(handler, *_REFUSED[fault])
+        elif fault == "cut":
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        elif fault in _BROKEN:
+            self._raw(handler, fault)
+        else:
+            self._send(handler, answer, cut=fault == "truncate", half=fault == "half")
 
     def _send(
         self, handler: BaseHTTPRequestHandler, answer: Any, status: int = 200, cut: bool = False, half: bool = False
@@ -225,7 +228,7 @@ class FakeServer:
         handler.end_headers()
         handler.wfile.write(data[: len(data) // 2] if cut or half else data)
 
-    def _raw(self, handler: BaseHTTPRequestHandler, fault: str) -> None:
+    def _raw(self, handler: BaseHTTPRequestHandler, fault: str | None) -> None:
         """Bytes that are no UTF-8, or a chunked answer that is cut off inside a chunk."""
         latin = fault == "latin"
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if latin else b"Transfer-Encoding: chunked\r\n") + b"\r\n")
