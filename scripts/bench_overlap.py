@@ -6,11 +6,11 @@ The same job from the same warmed-up checkpoint, on a Ray of its own, one way af
 turns with one process each; by turns with both cores in each phase (two workers, two learner threads), the best that
 alternation does; ahead by one and by two versions with one process each; ahead by one with two learner threads, and
 with two workers as well. Measured from the third checkpoint to the third last, while nothing begins or runs out, and
-beside it over the whole run. Idle core-seconds are 2 x wall less the CPU seconds of workers and learner, and less what others took away:
-the time that our threads were ready to run and did not (`taken`: near 0 on a machine of one's own), on both cores where
-one thread is at work at a time. `taken` cannot tell others from each other, so nothing is taken off where more than two
-threads are at work. That is an estimate, and wins per second are by the wall clock: both want a quiet machine, whose
-load is printed beside the figures.
+beside it over the whole run. Idle core-seconds are 2 x wall less the CPU seconds of workers and learner, and less what
+others took away: the time that our threads were ready to run and did not (`taken`: near 0 on a machine of one's own),
+on both cores where one thread is at work at a time. `taken` cannot tell others from each other, so nothing is taken off
+where more than two threads are at work. That is an estimate, and wins per second are by the wall clock: both want a
+quiet machine, whose load is printed beside the figures.
 """
 
 from __future__ import annotations

@@ -158,14 +158,15 @@ class Phase:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order = state["order"].tolist()
-        for name, value in state["counts"].items():
-            if name != "drawn":
-                setattr(self, name, value)
+        counts = dict(state["counts"])
+        drawn = counts.pop("drawn")
+        for name, value in counts.items():
+            setattr(self, name, value)
         self.means.load_state_dict(state["means"])
         for mine, saved in zip(self.auc.counts, state["auc"], strict=True):
             mine[:] = saved.cpu().numpy()
         if self.feed is not None:
-            self.feed.skip(state["counts"]["drawn"])  # those were learned from already
+            self.feed.skip(drawn)  # those were learned from already
 
     def run(
         self, budget: Budget, schedule: Schedule, progress: Progress | None, keeper: Keeper | None

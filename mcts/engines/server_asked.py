@@ -13,9 +13,7 @@ class Omission(Exception):
 
 def numbered(rows: Sequence[object], count: int, what: str) -> list[Mapping[str, Any]]:
     """The objects `rows` in the order of their `index`, which must be 0 to count - 1. Raises Omission."""
-    by_index = {
-        row["index"]: row for row in rows if isinstance(row, dict) and type(row.get("index")) is int
-    }  # fmt: skip
+    by_index = {row["index"]: row for row in rows if isinstance(row, dict) and type(row.get("index")) is int}
     if len(rows) != count or set(by_index) != set(range(count)):
         raise Omission(f"{what} are not numbered 0 to {count - 1}")
     return [by_index[i] for i in range(count)]

@@ -6,6 +6,7 @@ import re
 
 from mcts.types import Status, Verdict
 from mcts.verify.base import VerifierSettingError, refuse
+from mcts.verify.doubt import DENIED
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|textnormal)\s*\{([^{}]*)\}")
 _TRIMMED = " \t\r\n$*_`\"'.:,;"
@@ -33,10 +34,7 @@ def read_choice(text: str, letters: str = "ABCDE") -> str | None:
 _NEGATION = re.compile(r"\b(?:not|cannot|never|rather than|instead of|non|pas)\b|n[’']t\b|不是", re.IGNORECASE)
 
 
-_REFUSED = re.compile(
-    r"\s*(?:(?:is|was)n[’']t\b|(?:is|was|can|could)\s*not\b|(?:is|was)\s+(?:wrong|incorrect|false|out)\b|not\s+(?:this|that)\b)",
-    re.IGNORECASE,
-)
+_REFUSED = re.compile(rf"\s*(?:{DENIED}|(?:is|was|can|could)\s*not\b|not\s+(?:this|that)\b)", re.IGNORECASE)
 
 
 def _hedged(rest: str, others: set[str]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+DENIED = r"(?:is|was)\s+(?:not|wrong|incorrect|false|out)\b|(?:is|was)n[’']t\b"
+"""Pattern of what says of the words before it that they are not so."""
 _BEFORE = re.compile(
     r"\b(?:not|never|negative|minus|plus|without|except|but|neither|nor|none|unlike|half|third|quarter|twice|thrice"
     r"|double|triple|times|hundred|thousand|million|than|at least|at most|over|under|above|below|between|root"
@@ -13,7 +15,7 @@ _BEFORE = re.compile(
 _BEHIND = re.compile(
     r"\s*[-*]?\s*(?:(?:squared|cubed|factorial|times|plus|minus|choose|mod|modulo|percent|below|to|or)\b"
     r"|(?:half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|dozen|hundred"
-    r"|thousand|million|billion|trillion)s?\b|(?:is|was)\s+(?:not|wrong|incorrect|false|out)\b|(?:is|was)n[’']t\b)",
+    rf"|thousand|million|billion|trillion)s?\b|{DENIED})",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"[,;:.](?=\s)")
