@@ -32,6 +32,13 @@ def whole_number(task: str, name: str, value: object, least: int, most: int) -> 
     return value
 
 
+def yes_or_no(task: str, **settings: object) -> None:
+    """Check that settings are true or false. Raises TaskSettingError in one sentence."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise TaskSettingError(f"{task}: {name} must be true or false, not {value!r}")
+
+
 class ArithmeticTask(ABC):
     """Combine every number once by + - * / and reach the target (a `Task`, but for its problems)."""
 

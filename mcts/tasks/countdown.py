@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mcts.tasks.arithmetic import ArithmeticTask, whole_number
+from mcts.tasks.arithmetic import ArithmeticTask, whole_number, yes_or_no
 from mcts.tasks.base import TaskSettingError
 from mcts.tasks.numbers import MAX_WORDS, Int64
 from mcts.tasks.plays import Reach, count_plays, sample_plays
@@ -71,6 +71,7 @@ class Countdown(ArithmeticTask):
         whole_number(name, "dev_sets", dev_sets, 0, MAX_SETS)
         whole_number(name, "train_sets", train_sets, 1, MAX_SETS)
         whole_number(name, "negatives", negatives, 0, 64)
+        yes_or_no(name, larger_first=larger_first, balanced=balanced)
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         self._limits = {"train": train_problems, "dev": dev_problems, "heldout": heldout_problems}
         for split, limit in self._limits.items():

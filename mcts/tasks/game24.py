@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcts.tasks.arithmetic import ArithmeticTask, whole_number
+from mcts.tasks.arithmetic import ArithmeticTask, whole_number, yes_or_no
 from mcts.tasks.base import TaskSettingError
 from mcts.tasks.numbers import Int64
 from mcts.tasks.plays import count_plays
@@ -82,6 +82,7 @@ class Game24(ArithmeticTask):
         whole_number(name, "dev_sets", dev_sets, 0, 2000)
         whole_number(name, "train_high", train_high, HIGH, 50)
         whole_number(name, "negatives", negatives, 0, 64)
+        yes_or_no(name, larger_first=larger_first, balanced=balanced)
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         if train_problems is not None:
             whole_number(name, "train_problems", train_problems, 1, 10**9)

@@ -278,6 +278,7 @@ def test_read_refuses_what_the_vocabulary_cannot_say(task: Countdown, text: str)
     ("settings", "match"),
     [
         ({"train_high": 19}, "train_high must be a whole number from 20"),
+        ({"balanced": "maybe"}, "balanced must be true or false, not 'maybe'"),
         ({"numbers": 2}, "numbers must be a whole number from 3 to 6, not 2"),
         ({"numbers": "3"}, "numbers must be"),
         ({"numbers": True}, "numbers must be"),

@@ -267,6 +267,7 @@ def test_a_small_file_and_other_ranks_work(tmp_path: Path) -> None:
         ({"dev_sets": 1999}, "dev_sets would take all"),
         ({"warmup_share": 0.7}, "warmup_share must be from 0 to 0.5"),
         ({"warmup_share": "much"}, "warmup_share must be from 0 to 0.5"),
+        ({"balanced": "maybe"}, "balanced must be true or false, not 'maybe'"),
         ({"extra_target_low": 5}, "extra_target_high must be"),
         ({"target": 150}, "target must be"),
     ],
