@@ -79,7 +79,7 @@ def bare_rows(policy: Policy, rows: int, prompt: int, tokens: int, rounds: int) 
     """As `bare_loop`, on the engine's own forward and draw: the same kernels without queues, steps and copies."""
     (layers, heads, size), _ = torch_probe.examine(policy, prompt + tokens)
     torch_probe.use_attention(policy)
-    forward = Forward(policy, layers, heads, size, rows, 1)
+    forward = Forward(policy, layers, heads, size, rows, 1, prompt + tokens)
     vocabulary = policy.model.config.vocab_size
     generator = np.random.default_rng(0)
     ones = np.ones(rows, dtype=np.float32)

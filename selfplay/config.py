@@ -210,6 +210,9 @@ class Config(Section):
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""
         fields = self.model_dump(mode="json", exclude={"cluster", "plan", "keep", "iterations"})
+        for newer in ("dtype", "compile"):  # runs from before they existed keep their hash
+            if not fields["engine"][newer]:
+                del fields["engine"][newer]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

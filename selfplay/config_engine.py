@@ -71,6 +71,11 @@ class EngineConfig(Section):
     """Tokens whose keys and values are kept at once, per worker."""
     max_context: PositiveInt = 128
     """Longest prompt plus path, in tokens."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights that draw steps, and of their keys and values; None: model.dtype. A learner's float32 weights
+    can so be played in bfloat16."""
+    compile: bool = False
+    """On a GPU: small kernels of a decode made into few by torch.compile, which needs a C compiler there."""
 
     @model_validator(mode="after")
     def _server_is_named(self) -> EngineConfig:

@@ -193,27 +193,34 @@ def make_plan(config: Config) -> Plan:
     )
 
 
+def engine_bytes(config: Config) -> int:
+    """Bytes of a number in the engine's weights, keys and values."""
+    return BYTES[config.engine.dtype or config.model.dtype]
+
+
 def kv_bytes(config: Config, shape: Shape) -> int:
     """Bytes of one token's keys and values in the engine."""
-    return shape.layers * 2 * shape.kv_heads * shape.head_size * BYTES[config.model.dtype]
+    return shape.layers * 2 * shape.kv_heads * shape.head_size * engine_bytes(config)
 
 
 def row_length(config: Config, shape: Shape) -> int:
-    """Positions of the engine's row buffers once a row has been as long as the context."""
+    """Positions of the engine's row buffers once a row has been as long as the context; on a GPU, from the start."""
     longest = config.engine.max_context
     least = -(-_NATIVE // shape.head_size // _MULTIPLE) * _MULTIPLE
-    return max(least, -(-(longest + longest // 8) // _MULTIPLE) * _MULTIPLE)
+    spare = longest // 8 if config.model.device == "cpu" else 0
+    return max(least, -(-(longest + spare) // _MULTIPLE) * _MULTIPLE)
 
 
 def _worker(config: Config, shape: Shape) -> dict[str, int]:
     if config.engine.server is not None:
         return _beside_a_server(config, config.engine.server, shape)
-    size, rows = BYTES[config.model.dtype], config.engine.rows
+    size, rows = engine_bytes(config), config.engine.rows
     length = row_length(config, shape)
-    scores = rows * shape.heads * length * (2 * size + 4)  # one layer at a time
+    # one layer at a time; fused on a GPU
+    scores = rows * shape.heads * length * (2 * size + 4) if config.model.device == "cpu" else 0
     logits = rows * shape.vocabulary * (size + 4 * _LOGIT_COPIES)
     return {
-        "weights": shape.weights + 4 * shape.head_parameters,  # adapters are merged into them
+        "weights": shape.parameters * size + 4 * shape.head_parameters,  # adapters are merged into them
         "KV cache, tree": config.engine.kv_slots * kv_bytes(config, shape),
         "KV cache, rows": rows * length * kv_bytes(config, shape),
         "activations": scores + logits,

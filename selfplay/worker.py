@@ -121,7 +121,8 @@ def make_engine(
     from mcts.engines.model import load_policy
     from mcts.engines.torch_engine import TorchEngine
 
-    policy = load_policy(policy_folder, head=value_head, device=config.model.device, dtype=config.model.dtype)
+    dtype = config.engine.dtype or config.model.dtype
+    policy = load_policy(policy_folder, head=value_head, device=config.model.device, dtype=dtype)
     return TorchEngine(
         policy,
         delimiter=task.delimiter,
@@ -130,6 +131,7 @@ def make_engine(
         context=config.engine.max_context,
         threads=config.cluster.worker_threads,
         version=version,
+        fuse=config.engine.compile,
     )
 
 

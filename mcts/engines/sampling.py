@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mcts import rng
+from mcts.engines.transfer import to_host
 from mcts.types import Float32
 
 UInt64 = npt.NDArray[np.uint64]
@@ -156,4 +157,4 @@ def draw(
         if removed is not None:
             changed[removed.rows] = True
         behavior = torch.where(torch.from_numpy(changed).to(device), other, logprobs)
-    return Draws(tokens.cpu().numpy(), logprobs.cpu().numpy(), behavior.cpu().numpy())
+    return Draws(*to_host(tokens, logprobs, behavior))

@@ -34,12 +34,15 @@ from mcts.engines.torch_rows import (
     ranges,
     take_away,
 )
+from mcts.engines.transfer import to_host
 from mcts.types import Float32, Int32, Step
 
 CHUNK = 64
 """Tokens of a prefill chunk."""
 _CHUNKS = 4
-"""Most chunks in one prefill forward."""
+"""Most chunks in one prefill forward on a CPU."""
+_CHUNKS_GPU = 32
+"""The same on a GPU, where few tokens take as long as many."""
 _STARTS = 32
 """Most requests whose first tokens are drawn by one product."""
 
@@ -48,7 +51,9 @@ class Batch:
     """Rows, queues and forwards of one engine. Requests go in by `place`; `work` runs one round, after which
     `finished` holds the requests whose steps are complete."""
 
-    def __init__(self, policy: Policy, codec: Codec, pool: SlotPool, rows: int, context: int) -> None:
+    def __init__(
+        self, policy: Policy, codec: Codec, pool: SlotPool, rows: int, context: int, *, fuse: bool = False
+    ) -> None:
         self.policy = policy
         self.codec = codec
         self.counters = Counters()
@@ -63,11 +68,15 @@ class Batch:
         with torch.inference_mode():
             shape, expected = torch_probe.examine(policy, context)
             torch_probe.use_attention(policy)
-            self._forward = Forward(policy, *shape, rows, pool.size)
+            self._forward = Forward(policy, *shape, rows, pool.size, context, fuse=fuse)
             torch_probe.check_equal(policy, self._forward, rows, expected)
-            self._sizes, self.steady = torch_probe.equal_sizes(policy, self._forward, context)
-            few = min(_CHUNKS, rows)
-            self._chunks = torch_probe.equal_chunks(policy, self._forward, CHUNK, few) if context > 2 * CHUNK else 1
+            if policy.device.type == "cpu":
+                self._sizes, self.steady = torch_probe.equal_sizes(policy, self._forward, context)
+                few = min(_CHUNKS, rows)
+                self._chunks = torch_probe.equal_chunks(policy, self._forward, CHUNK, few) if context > 2 * CHUNK else 1
+            else:  # equal bits are promised on CPUs alone
+                self._sizes, self.steady = torch_probe.doubled(rows), False
+                self._chunks = min(_CHUNKS_GPU, rows)
 
     @property
     def busy(self) -> bool:
@@ -315,11 +324,13 @@ class Batch:
         rows = self._rows
         kept = hidden.index_select(0, torch.from_numpy(done).to(hidden.device)).float()
         values = [math.nan] * len(done)
-        if self.policy.head is not None:
+        if self.policy.head is None:
+            states = kept.cpu().numpy()
+        else:
             # Padded to a multiple of 32 rows: other counts may end in another kernel and another last bit.
             padded = torch.nn.functional.pad(kept, (0, 0, 0, -len(done) % 32))
-            values = self.policy.head(padded)[: len(done)].tolist()
-        states = kept.cpu().numpy()
+            states, found = to_host(kept, self.policy.head(padded)[: len(done)])
+            values = found.tolist()
         stored: list[tuple[int, int, Int32]] = []
         again: list[Active] = []
         for j, (row, start, end, value) in enumerate(self._spans(done, values)):

@@ -40,6 +40,7 @@ class TorchEngine:
         token whose text ends with it.
     `rows`: sequences decoded at once, a multiple of 16.   `kv_slots`: tokens kept for open searches altogether.
     `context`: longest sequence in tokens; None: what the model allows.   `threads`: torch's; None: as they are.
+    `fuse`: on a GPU, compile the small kernels of a decode into few; takes seconds at start.
     """
 
     name = "torch"
@@ -54,6 +55,8 @@ class TorchEngine:
         context: int | None = None,
         threads: int | None = None,
         version: int = 0,
+        *,
+        fuse: bool = False,
     ) -> None:
         if rows < 16 or rows % 16:
             raise ValueError(f"rows must be a positive multiple of 16, not {rows}")
@@ -72,7 +75,7 @@ class TorchEngine:
         self._searches: dict[int, Search] = {}
         self._requests: dict[int, Active] = {}
         self._failed: list[Reply] = []
-        self.batch = Batch(policy, self.codec, self._pool, rows, self.context)
+        self.batch = Batch(policy, self.codec, self._pool, rows, self.context, fuse=fuse)
         promised = policy.device.type == "cpu" and policy.model.dtype == torch.float32
         self.exact = promised and self.batch.steady
         """Whether a request's bits are promised to be independent of its batch."""

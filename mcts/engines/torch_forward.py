@@ -7,6 +7,10 @@ the new tokens are copied back when it ends.
 
 The model's own modules run; only attention is ours, through transformers' attention interface. The cache object
 stores new keys and values and hands a `RowKeys` on in place of a key tensor, which `attend` recognises.
+
+On a CPU the row buffers are as long as the longest row and all of them is read. On a GPU they are as long as the
+context from the start, since captured forwards (`torch_graphs`) hold their address, and a forward reads a window of
+them.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mcts.engines.model import Policy, cache_name
+from mcts.engines.torch_fuse import Fusion
+from mcts.engines.torch_graphs import DecodeGraphs, can_capture
 
 ATTENTION = "mcts_rows"
 Index = npt.NDArray[np.int64]
@@ -34,11 +41,13 @@ MULTIPLE = 16
 """KV lengths are padded to multiples of this."""
 _SHRINK = 64
 """Forwards after which buffers that are too long shrink."""
+_WINDOW = 64
+"""Fewest columns that a forward on a GPU reads."""
 
 
 @dataclass(slots=True)
 class RowKeys:
-    """What one layer attends to: keys and values [B * heads, L, D] and an additive mask [B, 1, 1, T, L]."""
+    """What one layer attends to: keys and values [B, heads, L, D] and an additive mask [B, 1, T, L]."""
 
     keys: Tensor
     values: Tensor
@@ -61,13 +70,20 @@ def attend(
             sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs),
         )
     batch, query_heads, tokens, size = query.shape
-    heads = key.keys.shape[0] // batch
+    heads, length = key.keys.shape[1:3]
     groups = query_heads // heads
-    scores = torch.bmm((query * scaling).reshape(batch * heads, groups * tokens, size), key.keys.transpose(1, 2)).view(
+    if query.is_cuda:
+        # the query heads that share a key head stand as so many queries of one head: nothing is repeated
+        mask = key.mask if tokens == 1 else key.mask.repeat(1, 1, groups, 1)
+        grouped = query.reshape(batch, heads, groups * tokens, size)
+        out = F.scaled_dot_product_attention(grouped, key.keys, key.values, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, query_heads, tokens, size).transpose(1, 2), None
+    keys, values = (side.view(batch * heads, length, size) for side in (key.keys, key.values))
+    scores = torch.bmm((query * scaling).reshape(batch * heads, groups * tokens, size), keys.transpose(1, 2)).view(
         batch, heads, groups, tokens, -1
     )
-    weights = torch.softmax(scores.add_(key.mask), -1, dtype=torch.float32).to(query.dtype)
-    out = torch.bmm(weights.view(batch * heads, groups * tokens, -1), key.values)
+    weights = torch.softmax(scores.add_(key.mask[:, :, None]), -1, dtype=torch.float32).to(query.dtype)
+    out = torch.bmm(weights.view(batch * heads, groups * tokens, -1), values)
     return out.view(batch, query_heads, tokens, size).transpose(1, 2), None
 
 
@@ -87,7 +103,7 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.kv = like.new_zeros((layers, 2, rows, heads, capacity, size))
         self.calls = 0
         """Layers served since the last `aim_*`."""
-        self._batch = 0
+        self._batch = self._window = 0
         self._chunk: tuple[Tensor, int, int] | None = None
         self._index = torch.empty(0, dtype=torch.int64)
         self.mask = torch.empty(0)
@@ -99,16 +115,16 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.kv[:, :, :, :, :kept] = old[:, :, :, :, :kept]
         self.capacity = capacity
 
-    def aim_decode(self, positions: Tensor) -> None:
+    def aim_decode(self, positions: Tensor, window: int) -> None:
         """The first len(positions) rows take one token each: row i writes column `positions[i]` and sees the columns
-        up to it."""
+        up to it. The first `window` columns are read."""
         k = len(positions)
         first = torch.arange(k * self.heads, device=positions.device) * self.capacity
         self._index = first.view(k, self.heads).add_(positions[:, None]).view(-1)
-        seen = torch.arange(self.capacity, device=positions.device) <= positions[:, None]
-        mask = torch.full((k, self.capacity), float("-inf"), dtype=self.kv.dtype, device=positions.device)
-        self.mask = mask.masked_fill_(seen, 0.0).view(k, 1, 1, self.capacity)
-        self._batch, self._chunk, self.calls = k, None, 0
+        seen = torch.arange(window, device=positions.device) <= positions[:, None]
+        mask = torch.full((k, window), float("-inf"), dtype=self.kv.dtype, device=positions.device)
+        self.mask = mask.masked_fill_(seen, 0.0).view(k, 1, 1, window)
+        self._batch, self._window, self._chunk, self.calls = k, window, None, 0
 
     def aim_chunk(self, rows: Tensor, start: int, tokens: int) -> None:
         """The given rows take `tokens` tokens each at columns `start` and on, and see all before them."""
@@ -123,18 +139,17 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[RowKeys, None]:
         """Store a layer's new keys and values [B, heads, T, D]; what it may attend to."""
         self.calls += 1
-        batch = self._batch
         views = []
         for store, new in zip(self.kv[layer_idx], (key_states, value_states), strict=True):
             if self._chunk is None:
                 store.view(-1, self.size).index_copy_(0, self._index, new.reshape(-1, self.size))
-                seen = store[:batch].view(batch * self.heads, self.capacity, self.size)
+                seen = store[: self._batch, :, : self._window]
             else:
                 rows, start, end = self._chunk
                 store[rows, :, start:end] = new
-                seen = store[rows, :, :end].view(batch * self.heads, end, self.size)
+                seen = store[rows, :, :end]
             views.append(seen)
-        return RowKeys(views[0], views[1], self.mask[:, :, None]), None
+        return RowKeys(views[0], views[1], self.mask), None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (transformers' signature)
         """0: positions and masks are always given."""
@@ -142,27 +157,49 @@ class RowCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
 
 class Forward:
-    """The forwards of one policy: `decode` (a token per row), `prefill` (a chunk per row), and KV copies."""
+    """The forwards of one policy: `decode` (a token per row), `prefill` (a chunk per row), and KV copies. `fuse`:
+    on a GPU, small kernels of captured forwards are compiled into few (`torch_fuse`)."""
 
-    def __init__(self, policy: Policy, layers: int, heads: int, size: int, rows: int, slots: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        layers: int,
+        heads: int,
+        size: int,
+        rows: int,
+        slots: int,
+        context: int,
+        *,
+        fuse: bool = False,
+    ) -> None:
         like: Tensor = policy.model.get_input_embeddings().weight
         self.policy = policy
         self.device = like.device
         self.min_length = -(-_NATIVE_BMM // size // MULTIPLE) * MULTIPLE
-        self.cache = RowCache(layers, rows, heads, size, self.min_length, like.detach())
+        self.fixed = self.device.type == "cuda"
+        """Whether rows have room for the context from the start, and a forward reads a window of them."""
+        capacity = self.padded(context) if self.fixed else self.min_length
+        self.cache = RowCache(layers, rows, heads, size, capacity, like.detach())
         self._roomy = 0
+        self._graphs = None
+        if self.fixed and can_capture(policy):
+            width = int(policy.model.config.hidden_size)
+            fusion = Fusion(policy) if fuse else None
+            self._graphs = DecodeGraphs(self._decode, like.detach().new_empty((rows, width)), fusion)
         self.arena = like.detach().new_empty((slots, layers * 2 * heads, size))
-        self._config = policy.model.config
         self._cache_name = cache_name(policy.model)
-        self._plain = self._config._attn_implementation
+        self._offsets: Tensor | None = None  # [layers * 2 * heads] of the entries of an arena row in the row buffers
+        self._offsets_for = 0
 
     def padded(self, length: int) -> int:
         """The KV length that rows of at most `length` positions need."""
         return max(self.min_length, -(-length // MULTIPLE) * MULTIPLE)
 
     def fit(self, length: int) -> None:
-        """Make rows hold `length` tokens. Buffers grow at once (an eighth more where they are long) and shrink when
-        they were too long for many forwards."""
+        """Make rows hold `length` tokens. On a CPU, buffers grow at once (an eighth more where they are long) and
+        shrink when they were too long for many forwards."""
+        if self.fixed:
+            return
         capacity = self.cache.capacity
         if length > capacity:
             self.cache.resize(self.padded(length + length // 8))
@@ -190,9 +227,23 @@ class Forward:
 
     def decode(self, tokens: Index, positions: Index) -> Tensor:
         """Forward tokens[i] at positions[i] in row i, for the first k rows; hidden states [k, d]."""
-        where = self._tensor(positions)
-        self.cache.aim_decode(where)
-        return self._run(self._tensor(tokens)[:, None], where[:, None])[:, 0]
+        window = self._window(int(positions.max()) + 1) if self.fixed else self.cache.capacity
+        if self._graphs is not None:
+            return self._graphs.run(tokens, positions, window)
+        return self._decode(self._tensor(tokens), self._tensor(positions), window)
+
+    def _window(self, length: int) -> int:
+        """How many columns a forward reads whose rows are at most `length` long: one of few lengths, as every length
+        is captured anew."""
+        window = _WINDOW
+        while window < length:
+            window = window * 3 // 2 if window & (window - 1) == 0 else window * 4 // 3
+        return min(window, self.cache.capacity)
+
+    def _decode(self, tokens: Tensor, positions: Tensor, window: int) -> Tensor:
+        """`decode` for int64 tensors [k] on the device."""
+        self.cache.aim_decode(positions, window)
+        return self._run(tokens[:, None], positions[:, None])[:, 0]
 
     def prefill(self, tokens: Index, rows: Index, start: int) -> None:
         """Forward a chunk [B, T] of consecutive tokens at positions `start` and on, into the given rows."""
@@ -205,9 +256,11 @@ class Forward:
         """Where the entries of an arena row lie in the row buffers, int64 [T * layers * 2 * heads]."""
         cache = self.cache
         stride = cache.heads * cache.capacity
-        planes = np.arange(cache.num_layers * 2)[:, None] * (cache.num_rows * stride)
-        offsets = (planes + np.arange(cache.heads) * cache.capacity).reshape(-1)
-        return self._tensor(((rows * stride + columns)[:, None] + offsets).reshape(-1))
+        if self._offsets is None or self._offsets_for != cache.capacity:
+            planes = np.arange(cache.num_layers * 2)[:, None] * (cache.num_rows * stride)
+            self._offsets = self._tensor((planes + np.arange(cache.heads) * cache.capacity).reshape(-1))
+            self._offsets_for = cache.capacity
+        return (self._tensor(rows * stride + columns)[:, None] + self._offsets).view(-1)
 
     def gather(self, slots: Index, rows: Index, columns: Index) -> None:
         """Copy arena slot slots[i] to column columns[i] of row rows[i]."""

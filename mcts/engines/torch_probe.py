@@ -76,6 +76,11 @@ def row_ladder(rows: int) -> list[int]:
     return [size for size in sizes if size < rows] + [rows]
 
 
+def doubled(rows: int) -> list[int]:
+    """Row counts beside `rows` on a GPU, where each is captured and a few rows too many cost little: 16, 32, 64, ..."""
+    return [16 << i for i in range(16) if 16 << i < rows] + [rows]
+
+
 def equal_sizes(policy: Policy, forward: Forward, context: int) -> tuple[list[int], bool]:
     """(row counts whose forwards give the bits of the full count, whether row and padding leave bits alone).
 
