@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -50,6 +51,7 @@ from selfplay.worker import Worker, units_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1024**3
+TREES = 16
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)
 
 
@@ -77,24 +79,28 @@ def main() -> None:
 
 def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All measurements of one model."""
-    torch.set_float32_matmul_precision("high")
+    say("building the model")
     model = random_model(folder / "model", SHAPES[arguments.model], arguments.data / "train.jsonl")
     config = config_of(arguments, model)
     plan = make_plan(config)
     learner_plan, worker_plan = plan.loads
     run = RunFolder.create(folder / "run", config)
     try:
+        say("writing a checkpoint")
         trainer = Trainer(config, run.place)
         trainer.warm_up(lambda _done, _total, _facts: None)
         checkpoint = trainer.save(0, {})
         del trainer
         bandwidth, rate = ceilings(arguments.device)
+        say("playing")
         played = play(config, run, checkpoint, bandwidth)
         shards = [shard_path(Path(), 1, part) for part in range(played.pop("units"))]
         traces = [trace for shard in shards for trace in iter_traces(run.path / shard)]
+        say("learning")
         learned = learn(config, run, checkpoint, shards, plan.shape.parameters, rate)
     finally:
         run.close()
+    say("training trees and paths")
     items = [item for trace in traces if (item := item_of(trace.tree)) is not None]
     return {
         "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU",
@@ -103,8 +109,12 @@ def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "bfloat16_flop_per_second": rate,
         "play": {**played, "plan": asdict(worker_plan)},
         "learn": {**learned, "plan": asdict(learner_plan)},
-        "trees": trees(config, model, items[:64]),
+        "trees": trees(config, model, items[:TREES]),
     }
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%X')} {what}", file=sys.stderr, flush=True)
 
 
 def config_of(arguments: argparse.Namespace, model: Path) -> Config:
@@ -140,15 +150,15 @@ def ceilings(device: str) -> tuple[float, float]:
     return copied, 2 * side**3 / seconds_of(lambda: left @ right, device)
 
 
-def seconds_of(work: Callable[[], Any], device: str, rounds: int = 10) -> float:
-    """Median seconds of `work` after three warm-ups."""
+def seconds_of(work: Callable[[], Any], device: str, rounds: int = 10, warm: int = 3) -> float:
+    """Median seconds of `work` after some warm-ups."""
     spent = []
-    for turn in range(rounds + 3):
+    for turn in range(rounds + warm):
         synchronize(device)
         began = time.perf_counter()
         work()
         synchronize(device)
-        if turn >= 3:
+        if turn >= warm:
             spent.append(time.perf_counter() - began)
     return median(spent)
 
@@ -184,7 +194,7 @@ def play(config: Config, run: RunFolder, checkpoint: Path, bandwidth: float) -> 
     ready = time.perf_counter() - began
     problems = worker.task.problems("train")[: config.play.problems]
     first = time.perf_counter()
-    play_units(worker, run, problems, iteration=0)
+    play_units(worker, run, problems[: config.engine.rows], iteration=0)
     warm = time.perf_counter() - first
     engine = worker.engine
     counters = engine.batch.counters
@@ -259,6 +269,7 @@ def learn(
     began = time.perf_counter()
     trainer.restore(checkpoint)
     ready = time.perf_counter() - began
+    held = 0 if device == "cpu" else torch.cuda.memory_allocated()
     marks: list[tuple[int, float]] = []
 
     def progress(done: int, _total: int, _facts: dict[str, Any]) -> None:
@@ -273,6 +284,7 @@ def learn(
     steady = steady_seconds(marks, config.learn.steps, seconds)
     found = {
         "restore_seconds": ready,
+        "held_before": held,
         "seconds": seconds,
         "steps": metrics["steps"],
         "tokens": tokens,
@@ -338,7 +350,7 @@ def trees(config: Config, model: Path, whole: Sequence[Item]) -> dict[str, Any]:
         "paths, packed": lambda: train(paths, tree_mask=True),
         "paths, a row each": lambda: train(paths, tree_mask=False),
     }
-    rates = {name: useful / seconds_of(way, device, rounds=3) for name, way in ways.items()}
+    rates = {name: useful / seconds_of(way, device, rounds=2, warm=1) for name, way in ways.items()}
     return {
         "trees": len(whole),
         "useful_tokens": useful,

@@ -67,12 +67,12 @@ def test_what_captured_forwards_draw_has_the_log_probability_of_a_plain_forward(
 ) -> None:
     policy = on_gpu(make_policy(family, scale=2.0), dtype)
     engine = TorchEngine(policy, ";", rows=32, kv_slots=8192, fuse=fuse)
-    assert engine.batch._forward._graphs is not None
+    assert engine.batch._forward.graphs is not None
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 100, size).astype(np.int32) for size in (5, 60, 64, 65, 130, 200)]
     for i, prompt in enumerate(prompts):
         assert engine.open(i, prompt, 200)
-        engine.submit(Request(i, i, prompt, 3, 20, seed=i))
+        engine.submit(Request(i, i, prompt, 3, 20, seed=i, temperature=(1.0, 0.7, 0.0)[i % 3]))
     replies = drain(engine, len(prompts))
     count = 0
     for i, prompt in enumerate(prompts):  # a step below each, so that keys and values are copied
@@ -81,13 +81,40 @@ def test_what_captured_forwards_draw_has_the_log_probability_of_a_plain_forward(
             np.testing.assert_allclose(drawn.logprobs, plain_logprobs(policy, prompt, drawn), atol=TOLERANCE[dtype])
         if step is not None:
             below = extend(prompt, [step])
-            engine.submit(Request(100 + i, i, below, 2, 20, seed=i))
+            engine.submit(Request(100 + i, i, below, 2, 20, seed=i, top_p=0.9 if i % 2 else 1.0))
             count += 1
     for reply in drain(engine, count).values():
         for drawn in reply.steps:
             expected = plain_logprobs(policy, reply.request.prefix, drawn)
             np.testing.assert_allclose(drawn.logprobs, expected, atol=TOLERANCE[dtype])
     assert count > 2
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_captured_draws_are_those_of_the_same_draws_launched_one_by_one(temperature: float) -> None:
+    """Some rows of each batch ask for a nucleus in the second engine, which then launches all draws."""
+    found = []
+    for top_p in (1.0, 0.999999):
+        engine = TorchEngine(on_gpu(make_policy()), ";", rows=32, kv_slots=8192)
+        prompt = engine.encode(PROMPT)
+        for i in range(2):
+            assert engine.open(i, prompt, 300)
+        engine.submit(Request(0, 0, prompt, 8, 12, seed=5, temperature=temperature))
+        engine.submit(Request(1, 1, prompt, 8, 12, seed=6, temperature=temperature, top_p=top_p))
+        found.append(drain(engine, 2)[0])
+    for captured, launched in zip(*(reply.steps for reply in found), strict=True):
+        assert np.array_equal(captured.token_ids, launched.token_ids)
+        np.testing.assert_allclose(captured.logprobs, launched.logprobs, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_an_engine_can_be_built_after_another_was_given_up() -> None:
+    for _ in range(2):
+        engine = TorchEngine(on_gpu(make_policy()), ";", rows=16, kv_slots=1024)
+        del engine
 
 
 @pytest.mark.gpu
@@ -155,7 +182,9 @@ def test_a_packed_tree_has_the_losses_and_gradients_of_the_cpu(family: str) -> N
         ["model.gradient_checkpointing=true"],
     ],
 )
-def test_a_run_goes_to_its_end_and_its_learner_sees_the_probabilities_of_its_engine(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_run_goes_to_its_end_and_its_learner_sees_the_probabilities_of_its_engine(
+    tmp_path: Path, overrides: list[str]
+) -> None:
     from selfplay.cli import app
 
     config = Path(__file__).resolve().parents[1] / "configs" / "countdown3.yaml"

@@ -119,6 +119,14 @@ def left_over(probabilities: Tensor, removed: Removed) -> Tensor:
     return torch.where(gone[:, None], probabilities, weights) if bool(gone.any()) else weights
 
 
+class Settings(NamedTuple):
+    """What k draws are made with."""
+
+    uniform: Float64  # [k] in [0, 1)
+    temperature: Float32  # [k], 0: greedy
+    top_p: Float32  # [k]
+
+
 def draw(
     logits: Tensor, uniform: Float64, temperature: Float32, top_p: Float32, removed: Removed | None = None
 ) -> Draws:
@@ -129,32 +137,42 @@ def draw(
     bit may differ. Non-finite logits give a non-finite log-probability, which the caller must look at.
     """
     device = logits.device
+    heat = None if bool((temperature == 1.0).all()) else torch.from_numpy(temperature).to(device)
+    nuclei = torch.from_numpy(top_p).to(device) if bool((top_p < 1.0).any()) else None
+    return Draws(*to_host(*drawn(logits, torch.from_numpy(uniform).to(device), heat, nuclei, removed)))
+
+
+def drawn(
+    logits: Tensor, uniform: Tensor, temperature: Tensor | None, top_p: Tensor | None, removed: Removed | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`draw` on the device: tokens int64, log-probabilities and behaviour's float32, [k] each. `temperature` None: all
+    are 1; `top_p` None: likewise. Without `removed` the host reads nothing."""
     probabilities = torch.softmax(logits, -1)
     # The largest probability is 1 / sum(exp(logits - max)), so this is the log of the softmax's denominator.
     norm = logits.amax(-1) - probabilities.amax(-1).log()
-    plain = bool((temperature == 1.0).all())
     weights = probabilities
-    if not plain:
-        inverse = np.divide(1.0, temperature, out=np.ones_like(temperature), where=temperature > 0)
-        weights = torch.softmax(logits * torch.from_numpy(inverse).to(device)[:, None], -1)
+    if temperature is not None:
+        inverse = torch.where(temperature > 0, 1.0 / temperature, 1.0)
+        weights = torch.softmax(logits * inverse[:, None], -1)
     if removed is not None:
         weights = left_over(weights, removed)
-    truncated = bool((top_p < 1.0).any())
-    if truncated:
-        weights = nucleus(weights, torch.from_numpy(top_p).to(device))
-    tokens, total = inverse_cdf(weights, torch.from_numpy(uniform).to(device))
-    greedy = None if plain else torch.from_numpy(temperature == 0.0).to(device)
+    if top_p is not None:
+        weights = nucleus(weights, top_p)
+    tokens, total = inverse_cdf(weights, uniform)
+    greedy = None if temperature is None else temperature == 0.0
     if greedy is not None:
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - norm
-    behavior = logprobs
-    if not plain or truncated or removed is not None:
-        other = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
-        if greedy is not None:
-            other = other.masked_fill(greedy, 0.0)
-        # a plain row's is its log-probability to the last bit, whatever the rows beside it are drawn from
-        changed = (temperature != 1.0) | (top_p < 1.0)
-        if removed is not None:
-            changed[removed.rows] = True
-        behavior = torch.where(torch.from_numpy(changed).to(device), other, logprobs)
-    return Draws(*to_host(tokens, logprobs, behavior))
+    if temperature is None and top_p is None and removed is None:
+        return tokens, logprobs, logprobs
+    other = (weights.gather(1, tokens[:, None])[:, 0].double().log() - total.log()).float()
+    # a plain row's is its log-probability to the last bit, whatever the rows beside it are drawn from
+    changed = torch.zeros_like(tokens, dtype=torch.bool)
+    if temperature is not None and greedy is not None:
+        other = other.masked_fill(greedy, 0.0)
+        changed |= temperature != 1.0
+    if top_p is not None:
+        changed |= top_p < 1.0
+    if removed is not None:
+        changed[removed.rows] = True
+    return tokens, logprobs, torch.where(changed, other, logprobs)

@@ -17,8 +17,9 @@ from mcts.engines import torch_probe
 from mcts.engines.counters import Counters
 from mcts.engines.kv import Prefix, SlotPool
 from mcts.engines.model import Policy
-from mcts.engines.sampling import Draws, draw, stream_keys, uniforms
+from mcts.engines.sampling import Draws, Settings, stream_keys, uniforms
 from mcts.engines.text import Codec
+from mcts.engines.torch_draw import Drawer
 from mcts.engines.torch_forward import Forward
 from mcts.engines.torch_rows import (
     EOS,
@@ -70,6 +71,7 @@ class Batch:
             torch_probe.use_attention(policy)
             self._forward = Forward(policy, *shape, rows, pool.size, context, fuse=fuse)
             torch_probe.check_equal(policy, self._forward, rows, expected)
+            self._drawer = Drawer(policy, rows, _STARTS, self._forward.graphs)
             if policy.device.type == "cpu":
                 self._sizes, self.steady = torch_probe.equal_sizes(policy, self._forward, context)
                 few = min(_CHUNKS, rows)
@@ -77,6 +79,8 @@ class Batch:
             else:  # equal bits are promised on CPUs alone
                 self._sizes, self.steady = torch_probe.doubled(rows), False
                 self._chunks = min(_CHUNKS_GPU, rows)
+        self._enough = 1 if policy.device.type == "cpu" else max(1, rows // 16)
+        """Free rows for which first tokens are drawn; on a GPU a few take as long as many."""
 
     @property
     def busy(self) -> bool:
@@ -130,8 +134,10 @@ class Batch:
             self._step()
 
     def _draw_first(self) -> None:
-        """Draw the first tokens of waiting requests while free rows lack work."""
+        """Draw the first tokens of waiting requests while enough free rows lack work."""
         free = self._rows.count - int(np.count_nonzero(self._rows.occupied))
+        if free < self._enough and self.busy:
+            return
         while self._starting and len(self._ready) < free:
             batch: list[Active] = []
             count = 0
@@ -145,8 +151,6 @@ class Batch:
         hidden = np.zeros((_STARTS, len(self._hidden_of(batch[0]))), dtype=np.float32)
         for i, active in enumerate(batch):
             hidden[i] = self._hidden_of(active)
-        weight = self.policy.model.get_output_embeddings().weight
-        logits = self.policy.unembed(torch.from_numpy(hidden).to(weight.device, weight.dtype)).float()
         ns = np.array([active.request.n for active in batch])
         owner = np.zeros(-(-count // 32) * 32, dtype=np.int64)
         owner[:count] = np.repeat(np.arange(len(batch)), ns)
@@ -155,13 +159,13 @@ class Batch:
         temperature = np.array([active.request.temperature for active in batch], dtype=np.float32)[owner]
         top_p = np.array([active.request.top_p for active in batch], dtype=np.float32)[owner]
         number = uniforms(keys, np.zeros(len(owner), dtype=np.int64))
-        parts = []
+        settings = []
         for at in range(0, len(owner), self._rows.count):  # bounds the memory that large n takes
             part = slice(at, at + self._rows.count)
-            chosen = logits.index_select(0, torch.from_numpy(owner[part]).to(logits.device))
             asked = [batch[i].request.exclude for i in owner[at : min(at + self._rows.count, count)]]
             removed = take_away((row, steps, 0) for row, steps in enumerate(asked) if steps)
-            parts.append(draw(chosen, number[part], temperature[part], top_p[part], removed))
+            settings.append((Settings(number[part], temperature[part], top_p[part]), removed))
+        parts = self._drawer.first(hidden, owner, settings)
         draws = Draws(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([part.logprobs for part in parts]),
@@ -265,7 +269,7 @@ class Batch:
         position = rows.pos[going]
         given = position < rows.known[going]
         drawing = going[~given]
-        logits = self.policy.unembed(hidden).float() if len(drawing) else None
+        logits = self._drawer.logits(hidden) if len(drawing) else None
         self.counters.forward_seconds += self.clock() - began
         self.counters.forwards += 1
         self.counters.forwarded += len(live)
@@ -275,7 +279,7 @@ class Batch:
             rows.token[fed] = rows.tokens[fed, at]
             rows.stop[fed] = np.where(at + 1 == rows.known[fed], FED, RUNNING)
         ended = drawing[:0]
-        if logits is not None:
+        if len(drawing):
             ended = self._draw(logits, drawing, k)
         if len(done):
             self._finish_rows(done, hidden)
@@ -299,11 +303,11 @@ class Batch:
         rows.chunk[ready] = -1
         rows.live[ready] = True
 
-    def _draw(self, logits: torch.Tensor, drawing: Int64, k: int) -> Int64:
-        """Draw the next token of the rows `drawing` from logits [k, V]; the rows that drew EOS."""
+    def _draw(self, logits: torch.Tensor | None, drawing: Int64, k: int) -> Int64:
+        """Draw the next token of the rows `drawing` from the logits [k, V] of the forward; the rows that drew EOS."""
         rows = self._rows
         number = uniforms(rows.keys[:k], rows.pos[:k] - rows.base[:k])
-        draws = draw(logits, number, rows.temperature[:k], rows.top_p[:k], rows.removed(drawing))
+        draws = self._drawer.next(logits, number, rows.temperature[:k], rows.top_p[:k], rows.removed(drawing))
         tokens, logprobs, at = draws.tokens[drawing], draws.logprobs[drawing], rows.pos[drawing]
         self._check_finite(logprobs)
         self.counters.drawn += len(drawing)

@@ -181,11 +181,12 @@ class Forward:
         capacity = self.padded(context) if self.fixed else self.min_length
         self.cache = RowCache(layers, rows, heads, size, capacity, like.detach())
         self._roomy = 0
-        self._graphs = None
+        self.graphs: DecodeGraphs | None = None
+        """Captured forwards; None: they are launched kernel by kernel."""
         if self.fixed and can_capture(policy):
             width = int(policy.model.config.hidden_size)
             fusion = Fusion(policy) if fuse else None
-            self._graphs = DecodeGraphs(self._decode, like.detach().new_empty((rows, width)), fusion)
+            self.graphs = DecodeGraphs(self._decode, like.detach().new_empty((rows, width)), fusion)
         self.arena = like.detach().new_empty((slots, layers * 2 * heads, size))
         self._cache_name = cache_name(policy.model)
         self._offsets: Tensor | None = None  # [layers * 2 * heads] of the entries of an arena row in the row buffers
@@ -228,8 +229,8 @@ class Forward:
     def decode(self, tokens: Index, positions: Index) -> Tensor:
         """Forward tokens[i] at positions[i] in row i, for the first k rows; hidden states [k, d]."""
         window = self._window(int(positions.max()) + 1) if self.fixed else self.cache.capacity
-        if self._graphs is not None:
-            return self._graphs.run(tokens, positions, window)
+        if self.graphs is not None:
+            return self.graphs.run(tokens, positions, window)
         return self._decode(self._tensor(tokens), self._tensor(positions), window)
 
     def _window(self, length: int) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,45 +35,68 @@ def can_capture(policy: Policy) -> bool:
     return policy.device.type == "cuda" and not kinds & set(_LOOKS_AT_POSITIONS)
 
 
+class Staged:
+    """A buffer on the device that numbers from the host are copied into without waiting for the device."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._there = torch.zeros(size, dtype=dtype, device=device)
+        self._here = torch.zeros(size, dtype=dtype, pin_memory=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def fill(self, *columns: npt.NDArray[Any]) -> Tensor:
+        """Arrays [k] one after the other, on the device [k * columns]."""
+        self._copied.synchronize()  # the last copy may still read what is staged
+        at = 0
+        for column in columns:
+            self._here[at : at + len(column)] = torch.from_numpy(column)
+            at += len(column)
+        there = self._there[:at]
+        there.copy_(self._here[:at], non_blocking=True)
+        self._copied.record()
+        return there
+
+
+def capture(work: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
+    """The kernels that `work` launches, to be replayed. Its results are to be copied into buffers that last: the
+    memory of `pool` is shared by all that is captured with it, of which no two are replayed at once."""
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # compilers and libraries set themselves up in a first call, which cannot be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        work()
+    return graph
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """The one stream of all captures: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class DecodeGraphs:
     """`decode` captured for every shape that it is asked for, with `fusion` applied. `hidden` [rows, d] takes the
     results."""
 
     def __init__(self, decode: Decode, hidden: Tensor, fusion: Fusion | None) -> None:
         self._decode = decode
-        self._hidden = hidden
+        self.hidden = hidden
         self._fusion = fusion
-        rows = len(hidden)
-        self._inputs = torch.zeros(2 * rows, dtype=torch.int64, device=hidden.device)
-        self._staged = torch.zeros(2 * rows, dtype=torch.int64, pin_memory=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
+        self._inputs = Staged(2 * len(hidden), torch.int64, hidden.device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def run(self, tokens: Index, positions: Index, window: int) -> Tensor:
         """Hidden states [k, d]; they are overwritten by the next call."""
         k = len(tokens)
-        self._copied.synchronize()  # the last copy may still read what is staged
-        self._staged[:k] = torch.from_numpy(tokens)
-        self._staged[k : 2 * k] = torch.from_numpy(positions)
-        self._inputs[: 2 * k].copy_(self._staged[: 2 * k], non_blocking=True)
-        self._copied.record()
+        inputs = self._inputs.fill(tokens, positions)
         graph = self._graphs.get((k, window))
         if graph is None:
-            graph = self._graphs[k, window] = self._capture(k, window)
+            out = self.hidden[:k]
+            with nullcontext() if self._fusion is None else self._fusion.applied():
+                graph = capture(lambda: out.copy_(self._decode(inputs[:k], inputs[k:], window)), self.pool)
+            self._graphs[k, window] = graph
         graph.replay()
-        return self._hidden[:k]
-
-    def _capture(self, k: int, window: int) -> torch.cuda.CUDAGraph:
-        tokens, positions = self._inputs[:k], self._inputs[k : 2 * k]
-        graph = torch.cuda.CUDAGraph()
-        with nullcontext() if self._fusion is None else self._fusion.applied():
-            # Compilers and libraries set themselves up in a first call, which cannot be captured.
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._decode(tokens, positions, window)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._hidden[:k].copy_(self._decode(tokens, positions, window))
-        return graph
+        return self.hidden[:k]
