@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from gpu_model import SHAPES, random_model
 from rich.console import Console
 from rich.table import Table
 
+from mcts.engines import torch_probe
 from mcts.engines.model import load_policy
+from mcts.engines.torch_forward import Forward
 from mcts.engines.value_head import ValueHead
 from mcts.tree import Tree
 from mcts.types import Problem
@@ -52,6 +56,8 @@ from selfplay.worker import Worker, units_of
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1024**3
 TREES = 16
+ROWS, LENGTH = (16, 128), 500
+"""Of the decode forwards that are timed."""
 LOSS = Coefficients(policy=1.0, nll=1.0, value=0.5)
 
 
@@ -66,24 +72,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
     arguments = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        found = bench(arguments, Path(folder))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=1))
     console = Console(width=120)
-    console.print(f"{found['device']}, {found['model']}, torch {torch.__version__}")
-    for table in tables(found):
-        console.print(table)
+    found: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for part, facts, table in measure(arguments, Path(folder)):
+            found[part] = facts
+            console.print(table)
+            if arguments.out is not None:  # after each part: a machine may be lent for less time than all take
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(found, indent=1))
 
 
-def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All measurements of one model."""
+def measure(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any], Table]]:
+    """All measurements of one model, part by part: its name, figures and table."""
+    device = arguments.device
     say("building the model")
     model = random_model(folder / "model", SHAPES[arguments.model], arguments.data / "train.jsonl")
     config = config_of(arguments, model)
     plan = make_plan(config)
-    learner_plan, worker_plan = plan.loads
+    bandwidth, rate = ceilings(device)
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+    about = {"device": name, "torch": torch.__version__, "model": plan.lines()[0], "bandwidth": bandwidth, "rate": rate}
+    yield "machine", about, machine_table(about)
+    say("one decode forward")
+    decoded = decode(config, model, bandwidth)
+    yield "decode", decoded, decode_table(decoded)
     run = RunFolder.create(folder / "run", config)
     try:
         say("writing a checkpoint")
@@ -91,26 +104,20 @@ def bench(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         trainer.warm_up(lambda _done, _total, _facts: None)
         checkpoint = trainer.save(0, {})
         del trainer
-        bandwidth, rate = ceilings(arguments.device)
         say("playing")
         played = play(config, run, checkpoint, bandwidth)
-        shards = [shard_path(Path(), 1, part) for part in range(played.pop("units"))]
-        traces = [trace for shard in shards for trace in iter_traces(run.path / shard)]
+        yield "play", played, play_table(played, plan.loads[1])
+        shards = [shard_path(Path(), 1, part) for part in range(played["units"])]
+        say("training trees and paths")
+        traces = itertools.islice((trace for shard in shards for trace in iter_traces(run.path / shard)), TREES)
+        items = [item for trace in traces if (item := item_of(trace.tree)) is not None]
+        packed = trees(config, model, items)
+        yield "trees", packed, trees_table(packed)
         say("learning")
         learned = learn(config, run, checkpoint, shards, plan.shape.parameters, rate)
+        yield "learn", learned, learn_table(learned, plan.loads[0])
     finally:
         run.close()
-    say("training trees and paths")
-    items = [item for trace in traces if (item := item_of(trace.tree)) is not None]
-    return {
-        "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU",
-        "model": plan.lines()[0],
-        "copy_bytes_per_second": bandwidth,
-        "bfloat16_flop_per_second": rate,
-        "play": {**played, "plan": asdict(worker_plan)},
-        "learn": {**learned, "plan": asdict(learner_plan)},
-        "trees": trees(config, model, items[:TREES]),
-    }
 
 
 def say(what: str) -> None:
@@ -182,6 +189,32 @@ class Peak:
         if self.device == "cpu":
             return {"allocated": 0, "reserved": 0}
         return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+@torch.inference_mode()
+def decode(config: Config, model: Path, bandwidth: float) -> dict[str, Any]:
+    """Milliseconds of one forward of some rows at one length, launched kernel by kernel, captured, and captured with
+    small kernels compiled."""
+    device, context = config.model.device, config.engine.max_context
+    policy = load_policy(model, device=device, dtype=config.engine.dtype or config.model.dtype)
+    shape, _ = torch_probe.examine(policy, context)
+    torch_probe.use_attention(policy)
+    found: dict[str, Any] = {}
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    for name, fuse in (("captured", False), ("captured, fused", True)):
+        forward = Forward(policy, *shape, ROWS[-1], context, context, fuse=fuse)
+        for rows in ROWS:
+            length = min(LENGTH, context - 1)
+            kv = rows * (length + 1) * 2 * shape[0] * shape[1] * shape[2] * forward.cache.kv.element_size()
+            case = found.setdefault(f"{rows} rows of {length} tokens", {"bound": 1000 * (weights + kv) / bandwidth})
+            tokens, positions = np.arange(rows) + 3, np.full(rows, length)
+            forward.fit(length + 1)
+            if forward.graphs is not None:
+                case[name] = 1000 * seconds_of(lambda: forward.decode(tokens, positions), device)  # noqa: B023
+                forward.graphs = None
+            case["launched"] = 1000 * seconds_of(lambda: forward.decode(tokens, positions), device)  # noqa: B023
+            forward = Forward(policy, *shape, ROWS[-1], context, context, fuse=fuse)
+    return found
 
 
 def play(config: Config, run: RunFolder, checkpoint: Path, bandwidth: float) -> dict[str, Any]:
@@ -361,44 +394,81 @@ def trees(config: Config, model: Path, whole: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def tables(found: dict[str, Any]) -> list[Table]:
-    """For people."""
-    play, learn, tree = found["play"], found["learn"], found["trees"]
-    speed = Table(title="speed")
-    for heading in ("", "measured", "bound", "of the bound"):
-        speed.add_column(heading, justify="right" if heading else "left")
-    speed.add_row("copy", f"{found['copy_bytes_per_second'] / 1e12:.2f} TB/s", "", "")
-    speed.add_row("bfloat16 product", f"{found['bfloat16_flop_per_second'] / 1e12:.0f} TFLOP/s", "", "")
-    for name, part in (("play, tokens/s", play), ("learn, tokens/s", learn)):
-        bound = part["tokens_per_second"] / part["of_bound"]
-        speed.add_row(name, f"{part['tokens_per_second']:,.0f}", f"{bound:,.0f}", f"{part['of_bound']:.1%}")
-    for name, rate in tree["rates"].items():
-        speed.add_row(f"train {name}, useful tokens/s", f"{rate:,.0f}", "", "")
-    memory = Table(title="peak memory, GiB")
-    for heading in ("", "plan", "tensors", "ratio", "held by the allocator"):
-        memory.add_column(heading, justify="right" if heading else "left")
-    for name, part in (("worker", play), ("learner", learn)):
-        planned, peak = Load(**part["plan"]).total, part["peak"]
-        memory.add_row(
-            name,
-            f"{planned / GIB:.2f}",
-            f"{peak['allocated'] / GIB:.2f}",
-            f"{peak['allocated'] / planned:.3f}",
-            f"{peak['reserved'] / GIB:.2f}",
-        )
-    facts = Table(title="facts", show_header=False)
-    for name, value in (
-        ("searches, steps, tokens drawn", f"{play['searches']}, {play['steps']:,}, {play['drawn']:,}"),
-        ("rows per forward", f"{play['rows_per_forward']:.1f}"),
-        ("seconds of play, in poll, in forwards", seconds_text(play, "seconds", "poll_seconds", "forward_seconds")),
-        ("seconds to load, first pass", seconds_text(play, "load_seconds", "first_pass_seconds")),
-        ("learning: steps, tokens, seconds", f"{learn['steps']:.0f}, {learn['tokens']:,.0f}, {learn['seconds']:.1f}"),
-        ("behaviour log-probabilities against the learner's, nats", f"{learn['logprob_gap']}"),
-        ("trees over paths, at equal gradients", f"{tree['speedup']:.2f} ({tree['gradient_difference']})"),
-        ("tokens of paths over those of trees", f"{tree['path_tokens'] / tree['useful_tokens']:.2f}"),
-    ):
-        facts.add_row(name, value)
-    return [speed, memory, facts]
+def rows_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def machine_table(about: dict[str, Any]) -> Table:
+    return rows_table(
+        f"{about['device']}, torch {about['torch']}",
+        [
+            ("model", about["model"]),
+            ("large copy, read and written", f"{about['bandwidth'] / 1e12:.2f} TB/s"),
+            ("large bfloat16 product", f"{about['rate'] / 1e12:.0f} TFLOP/s"),
+        ],
+    )
+
+
+def decode_table(decode: dict[str, Any]) -> Table:
+    def shown(case: dict[str, float]) -> str:
+        return ", ".join(f"{name} {milliseconds:.2f}" for name, milliseconds in case.items())
+
+    return rows_table("one decode forward, milliseconds", [(name, shown(case)) for name, case in decode.items()])
+
+
+def play_table(play: dict[str, Any], plan: Load) -> Table:
+    return rows_table(
+        "play",
+        [
+            ("searches, steps, tokens drawn", f"{play['searches']}, {play['steps']:,}, {play['drawn']:,}"),
+            ("tokens drawn per second", f"{play['tokens_per_second']:,.0f}"),
+            ("of the bound of its forwards", f"{play['of_bound']:.1%}"),
+            ("rows per forward, milliseconds per forward", f"{play['rows_per_forward']:.1f}, {milliseconds(play)}"),
+            ("seconds in all, in the engine", seconds_text(play, "seconds", "poll_seconds")),
+            ("seconds to load, of the first pass", seconds_text(play, "load_seconds", "first_pass_seconds")),
+            *memory_rows(play["peak"], plan),
+        ],
+    )
+
+
+def learn_table(learn: dict[str, Any], plan: Load) -> Table:
+    return rows_table(
+        "learn",
+        [
+            ("steps, tokens, seconds", f"{learn['steps']:.0f}, {learn['tokens']:,.0f}, {learn['seconds']:.1f}"),
+            ("tokens per second, of the bound", f"{learn['tokens_per_second']:,.0f}, {learn['of_bound']:.1%}"),
+            ("trained as trees", str(learn["tree_mask"])),
+            ("engine's log-probabilities against the learner's, nats", f"{learn['logprob_gap']:.2g}"),
+            *memory_rows(learn["peak"], plan),
+        ],
+    )
+
+
+def trees_table(trees: dict[str, Any]) -> Table:
+    return rows_table(
+        "training whole trees and their paths",
+        [
+            *((f"{name}, useful tokens per second", f"{rate:,.0f}") for name, rate in trees["rates"].items()),
+            ("trees over the faster way with paths", f"{trees['speedup']:.2f}"),
+            ("tokens of paths over those of trees", f"{trees['path_tokens'] / trees['useful_tokens']:.2f}"),
+            *((f"gradient difference, {name}", f"{gap:.2g}") for name, gap in trees["gradient_difference"].items()),
+        ],
+    )
+
+
+def memory_rows(peak: dict[str, int], plan: Load) -> list[tuple[str, str]]:
+    return [
+        ("peak of tensors, plan, ratio (GiB)", f"{peak['allocated'] / GIB:.2f}, {plan.total / GIB:.2f}, "
+                                               f"{peak['allocated'] / plan.total:.3f}"),
+        ("held by the allocator (GiB)", f"{peak['reserved'] / GIB:.2f}"),
+    ]  # fmt: skip
+
+
+def milliseconds(play: dict[str, Any]) -> str:
+    return f"{1000 * play['seconds'] / play['forwards']:.2f}"
 
 
 def seconds_text(part: dict[str, Any], *names: str) -> str:
