@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,11 +18,11 @@ import torch
 from rich.table import Table
 
 from mcts.strategies import build as build_strategy
-from mcts.tasks import load_task
+from mcts.tasks import Task, load_task, task_files
 from selfplay.config import Config, ServerConfig
 from selfplay.objectives import build_objective
 from selfplay.objectives.base import Need
-from selfplay.plan_model import BYTES, PlanError, Shape, shape_of
+from selfplay.plan_model import BYTES, PlanError, Shape, model_folder, shape_of
 
 GIB: Final = 1024**3
 _MULTIPLE: Final = 16
@@ -76,6 +77,8 @@ class Plan:
     cost: float | None
     measured: bool
     iterations: int
+    warnings: tuple[str, ...]
+    """What the run needs and is not here, a sentence each."""
     refusal: str | None
     """Why the run cannot be, in one sentence."""
 
@@ -100,6 +103,7 @@ class Plan:
             "hours_per_iteration": self.hours,
             "cost_per_iteration": self.cost,
             "measured": self.measured,
+            "warnings": list(self.warnings),
             "refusal": self.refusal,
         }
 
@@ -140,13 +144,13 @@ class Plan:
             lines.append(f"an iteration: {self.hours:.2f} h{cost}; {self.iterations} of them: {total:.1f} h{what}")
         else:
             lines.append("times: state plan.play_tokens_per_second and plan.learn_tokens_per_second to have them")
-        return lines
+        return lines + [f"warning: {warning}" for warning in self.warnings]
 
 
 def make_plan(config: Config) -> Plan:
     """The plan of a run. Raises PlanError where the model or the device's memory cannot be known, SettingError for a
     task, strategy or objective that does not exist or refuses a setting (problem files are not read)."""
-    load_task(config.task.name, **config.task.settings)
+    task = load_task(config.task.name, **config.task.settings)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
     objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
     shape = shape_of(config)
@@ -189,6 +193,7 @@ def make_plan(config: Config) -> Plan:
         cost=cost,
         measured=plan.measured,
         iterations=config.iterations,
+        warnings=tuple(_missing(config, task)),
         refusal=_refusal(config, shape, devices, (learner, worker), usable, memory, slots),
     )
 
@@ -196,6 +201,16 @@ def make_plan(config: Config) -> Plan:
 def engine_bytes(config: Config) -> int:
     """Bytes of a number in the engine's weights, keys and values."""
     return BYTES[config.engine.dtype or config.model.dtype]
+
+
+def _missing(config: Config, task: Task) -> Iterator[str]:
+    """What the run needs and is not here; it may be where the run will start."""
+    path = config.model.path
+    if path is not None and model_folder(path) is None:
+        yield f"the model {path} is not here: its sizes are those that plan.architecture states"
+    for file in task_files(task):
+        if not os.path.exists(file):
+            yield f"the task's {file} is not here (looked for from {os.getcwd()}): a launch reads it where it starts"
 
 
 def kv_bytes(config: Config, shape: Shape) -> int:

@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from mcts.engines.model import DTYPES
+from mcts.engines import adapters
+from mcts.engines.model import DTYPES, ModelError, resolve
 from mcts.engines.value_head import ValueHead
 from mcts.tasks import load_task
 from selfplay.config import Config
@@ -86,21 +87,36 @@ class Shape:
 
 
 def architecture(config: Config) -> Any:
-    """The transformers config of the run's model: of `model.path` where that is a folder here, else of
+    """The transformers config of the run's model: of `model.path` where that is here, else of
     `plan.architecture`, else that of a fresh model for the task's vocabulary. Raises PlanError."""
     path, stated = config.model.path, config.plan.architecture
-    if path is not None and (Path(path) / "config.json").is_file():
-        return _read(Path(path))
-    if path is not None and (Path(path) / "policy" / "config.json").is_file():
-        return _read(Path(path) / "policy")
+    folder = None if path is None else model_folder(path)
+    if folder is not None:
+        return _read(folder)
     if isinstance(stated, str):
         return _read(Path(stated))
     if stated is not None:
         return _make(stated, "plan.architecture")
     if path is not None:
-        raise PlanError(f"{path} is no model folder here; get the model, or state plan.architecture to plan without it")
+        raise PlanError(f"the model {path} is not here; get it, or state plan.architecture to plan without it")
     task = load_task(config.task.name, **config.task.settings)
     return fresh_config(len(task.vocabulary()) + 2, config.model.fresh)
+
+
+def model_folder(path: str) -> Path | None:
+    """The folder here that holds the config.json of a model (a folder, a checkpoint, a name in the local cache) or of
+    the one that an adapter was trained on; None: it is not here."""
+    try:
+        root = resolve(path)
+        for folder in (root, root / "policy"):
+            if (folder / "config.json").is_file():
+                return folder
+            if (folder / adapters.CONFIG).is_file():
+                base = adapters.base_of(folder)
+                return None if base == path else model_folder(base)
+    except (ModelError, ValueError):
+        return None
+    return None
 
 
 def _read(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from typing import cast
 from mcts.registry import load
 from mcts.tasks.base import Example, Task, TaskError, TaskSettingError
 
-__all__ = ["TASKS", "Example", "Task", "TaskError", "TaskSettingError", "load_task"]
+__all__ = ["TASKS", "Example", "Task", "TaskError", "TaskSettingError", "load_task", "task_files"]
 
 TASKS: dict[str, str] = {
     "choice": "mcts.tasks.choice.Choice",
@@ -28,3 +28,9 @@ def load_task(name: str, **settings: object) -> Task:
     missing, or one that the task refuses.
     """
     return cast(Task, load("task", name, TASKS, settings, TaskSettingError, "problems"))
+
+
+def task_files(task: Task) -> tuple[str, ...]:
+    """The files and folders that a task reads its problems from: its `files`, where it has them."""
+    files = getattr(task, "files", ())
+    return tuple(str(file) for file in files) if isinstance(files, list | tuple) else ()

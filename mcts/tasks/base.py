@@ -34,7 +34,10 @@ class Example:
 
 class Task(Protocol):
     """One kind of problem. `check*` need no gold answer and may guide a search anywhere; `verify` compares with
-    gold and is called inside a search only in self-play (DESIGN.md, decision 3)."""
+    gold and is called inside a search only in self-play (DESIGN.md, decision 3).
+
+    A task may also have `files`, a list of the files and folders that it reads when problems are asked for: `--dry-run`
+    names those that are missing."""
 
     name: str
     delimiter: str

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +67,8 @@ class Game24(ArithmeticTask):
         larger_first: bool = True,
         seed: int = 0,
     ) -> None:
-        """path: CSV file; None: every solvable set, ranked by the chance that a random play wins.
+        """path: CSV file; None: every solvable set, ranked by the chance that a random play wins. A file that is not
+        here is an error once puzzles are asked for: a worker, which is sent its problems, needs no copy.
         train_high: largest number in training; above 13 its further sets are puzzles of their own, without a rank.
         extra_target_*: train also on every reachable target of this range (None: on `target` alone).
         warmup_share: share of warm-up plays that end at `target`, up to .5; 0: as random play has it.
@@ -86,6 +89,8 @@ class Game24(ArithmeticTask):
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         if train_problems is not None:
             whole_number(name, "train_problems", train_problems, 1, 10**9)
+        if path is not None and not isinstance(path, str):
+            raise TaskSettingError(f"game24: path must be the path of a file, not {path!r}")
         if not isinstance(warmup_share, int | float) or not 0 <= warmup_share <= 0.5:
             raise TaskSettingError(f"game24: warmup_share must be from 0 to 0.5, not {warmup_share!r}")
         self._extra: tuple[int, int] | None = None
@@ -107,21 +112,36 @@ class Game24(ArithmeticTask):
         self.target = target
         self._seed = seed
         self._train_problems = train_problems
-        self._ranks = self._enumerated() if path is None else read_puzzles(path)
+        self.files = () if path is None else (path,)
+        self._heldout = heldout_low, heldout_high
+        self._dev_sets, self._train_high = dev_sets, train_high
         self._cache: dict[str, Sequence[Problem]] = {}
-        heldout = [puzzle for puzzle, rank in self._ranks.items() if heldout_low <= rank <= heldout_high]
-        others = [puzzle for puzzle, rank in self._ranks.items() if not heldout_low <= rank <= heldout_high]
+        if path is None or os.path.exists(path):
+            _ = self._puzzles  # a bad file or setting is refused before anything runs
+
+    @cached_property
+    def _ranks(self) -> dict[Puzzle, int]:
+        return read_puzzles(self.files[0]) if self.files else self._enumerated()
+
+    @cached_property
+    def _puzzles(self) -> dict[str, list[Puzzle]]:
+        """By split."""
+        low, high = self._heldout
+        heldout = [puzzle for puzzle, rank in self._ranks.items() if low <= rank <= high]
+        others = [puzzle for puzzle, rank in self._ranks.items() if not low <= rank <= high]
         if not heldout:
-            raise TaskSettingError(
-                f"game24: no puzzle has a rank from {heldout_low} to {heldout_high}: lower heldout_low"
-            )
-        if dev_sets >= len(others):
+            raise TaskSettingError(f"game24: no puzzle has a rank from {low} to {high}: lower heldout_low")
+        dev = self._dev_sets
+        if dev >= len(others):
             raise TaskSettingError(f"game24: dev_sets would take all of the {len(others)} puzzles left: lower it")
-        order = np.random.default_rng([seed, 0]).permutation(len(others)).tolist()
+        order = np.random.default_rng([self._seed, 0]).permutation(len(others)).tolist()
         shuffled = [others[k] for k in order]
-        self._puzzles = {"heldout": heldout, "dev": shuffled[:dev_sets], "train": shuffled[dev_sets:]}
-        aside = {*heldout, *shuffled[:dev_sets]}
-        self._training = np.array([row for row in _all_sets(train_high) if row not in aside], dtype=np.int64)
+        return {"heldout": heldout, "dev": shuffled[:dev], "train": shuffled[dev:]}
+
+    @cached_property
+    def _training(self) -> Int64:
+        aside = {*self._puzzles["heldout"], *self._puzzles["dev"]}
+        return np.array([row for row in _all_sets(self._train_high) if row not in aside], dtype=np.int64)
 
     def _enumerated(self) -> dict[Puzzle, int]:
         sets = _all_sets()

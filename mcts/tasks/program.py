@@ -85,6 +85,7 @@ class Program:
             if text is not None and not isinstance(text, str):
                 raise TaskSettingError(f"{name}: {key} must be the path of a file, not {text!r}")
         self.path, self.heldout_path, self.solutions = path, heldout_path, solutions
+        self.files = tuple(file for file in (path, heldout_path, solutions) if file is not None)
         self.delimiter = delimiter
         self.max_steps = whole_number(name, "max_steps", max_steps, 1, 10**4)
         self.max_step_tokens = whole_number(name, "max_step_tokens", max_step_tokens, 1, 10**5)

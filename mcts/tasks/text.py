@@ -128,6 +128,12 @@ class TextTask:
         return text
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Where the problems are read from."""
+        single = [] if self._files.single is None else [self._files.single]
+        return tuple(map(str, [*self._files.by_split.values(), *single]))
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What was left out of the files, one sentence each."""
         return self._load().notes

@@ -244,7 +244,9 @@ def test_a_bad_puzzle_file_is_refused_by_row(tmp_path: Path, content: str, match
 
 def test_a_missing_or_binary_puzzle_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="there is no puzzle file"):
-        Game24(path=str(tmp_path / "none.csv"))
+        Game24(path=str(tmp_path / "none.csv")).problems("heldout")
+    with pytest.raises(TaskError, match="must be the path of a file, not 7"):
+        Game24(path=7)  # type: ignore[arg-type]
     (tmp_path / "binary.csv").write_bytes(b"Rank,Puzzles\n1,\xff\xfe\n")
     with pytest.raises(TaskError, match="cannot be read as text"):
         Game24(path=str(tmp_path / "binary.csv"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mcts.engines.torch_engine import TorchEngine
 from mcts.tasks import load_task
+from mcts.tasks.countdown import Countdown
 from selfplay import cli
 from selfplay.config import Config, load_config, parse_config
 from selfplay.errors import SettingError
@@ -22,7 +23,7 @@ from selfplay.optimizers import Optimizer, OptimizerSettings
 from selfplay.phase import Phase
 from selfplay.plan import GIB, PlanError, make_plan
 from selfplay.plan_model import activation_bytes, lora_parameters, meta_model, optimizer_bytes, shape_of
-from tests.models import FAMILIES, make_policy
+from tests.models import FAMILIES, make_policy, save_model
 from tests.selfplay.tiny_run import CONFIG
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -268,6 +269,69 @@ def test_a_wrong_setting_of_a_task_is_found_before_its_files_and_model_are_there
     make_plan(load_config(file, ["task.path=not/yet/here.jsonl"]))
     with pytest.raises(SettingError, match="delimeter"):
         make_plan(load_config(file, ["task.path=not/yet/here.jsonl", "task.delimeter=x"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "missing"),
+    [
+        ("gsm8k_vllm", ["task.path=absent"], ["absent"]),
+        ("math_qwen2.5-7b_lora", ["task.train=absent/a.jsonl", "task.heldout={file}"], ["absent/a.jsonl"]),
+        ("own_problems", ["task.path={file}"], []),
+        ("arc_program", ["task.path=absent", "task.heldout_path=absent/b"], ["absent", "absent/b"]),
+        ("game24", ["task.path=absent.csv"], ["absent.csv"]),
+        ("game24", [], []),
+        ("countdown3", [], []),
+    ],
+)
+def test_files_of_the_task_that_are_not_here_are_named_and_refuse_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: list[str], missing: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "here.jsonl"
+    file.write_text("")
+    plan = make_plan(load_config(CONFIGS / f"{name}.yaml", [text.format(file=file) for text in given]))
+    told = [text for text in plan.warnings if text.startswith("the task's ")]
+    assert told == [
+        f"the task's {path} is not here (looked for from {tmp_path}): a launch reads it where it starts"
+        for path in missing
+    ]
+    assert [f"warning: {text}" for text in plan.warnings] == plan.lines()[len(plan.lines()) - len(plan.warnings) :]
+    assert plan.data()["warnings"] == list(plan.warnings)
+    assert plan.refusal is None
+
+
+def test_a_task_of_ones_own_may_say_which_files_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Countdown, "files", ["absent"], raising=False)
+    assert len(make_plan(config()).warnings) == 1
+    monkeypatch.setattr(Countdown, "files", "absent")  # something else of that name
+    assert make_plan(config()).warnings == ()
+
+
+def test_sizes_that_are_not_the_models_own_are_said_to_be_stated(tmp_path: Path) -> None:
+    stated = "plan.architecture={model_type: llama, hidden_size: 32, num_attention_heads: 2, vocab_size: 50}"
+    warnings = make_plan(config("model.path=absent/model", stated)).warnings
+    assert warnings == ("the model absent/model is not here: its sizes are those that plan.architecture states",)
+    save_model(tmp_path)
+    assert make_plan(config(f"model.path={tmp_path}", stated)).warnings == ()
+
+
+def test_a_model_is_found_by_its_name_in_the_cache_and_by_an_adapter_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--tiny"
+    policy = make_policy()
+    policy.model.save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    (tmp_path / "run" / "policy").mkdir(parents=True)
+    (tmp_path / "run" / "policy" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/tiny"}')
+    for path in ("someone/tiny", str(tmp_path / "run"), str(tmp_path / "run" / "policy")):
+        assert make_plan(config(f"model.path={path}")).shape.parameters == policy.model.num_parameters(), path
+    for facts in ("{", "{}", "[]", '{"base_model_name_or_path": "someone/absent"}'):
+        (tmp_path / "run" / "policy" / "adapter_config.json").write_text(facts)
+        with pytest.raises(PlanError, match="is not here; get it"):
+            make_plan(config(f"model.path={tmp_path / 'run'}"))
 
 
 def test_the_plan_changes_neither_traces_nor_weights() -> None:
