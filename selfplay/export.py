@@ -109,7 +109,6 @@ def export_path(
     export.runs = sorted({read_metadata(shard)["run_id"] for shard in list_shards(path)})
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         _write(temporary, out.suffix, _rows(path, predicate, export, joiner, tokenizer), export)
         if not export.rows:
             raise ExportError(_empty(export))
@@ -136,7 +135,8 @@ def _check(path: Path, form: str, out: Path, gap: float, value: str) -> None:
         raise ExportError(f"{out} exists already; move it away or choose another --out")
     card = out.parent / CARD
     if card.exists() and not owns_card(card.read_text(encoding="utf-8", errors="replace"), out.name):
-        raise ExportError(f"{card} describes something else; export into a folder of its own")
+        own = out.parent / form / out.name
+        raise ExportError(f"{card} describes something else; export into a folder of its own, such as --out {own}")
     home = next(folder for folder in out.absolute().parents if folder.exists())
     if not home.is_dir():
         raise ExportError(f"cannot write {out}: {home} is no folder; choose another --out")
@@ -264,6 +264,7 @@ def _write(path: Path, suffix: str, rows: Iterator[Row], export: Export) -> None
         group: list[Row] = []
         for row in rows:
             if writer is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 writer = _Jsonl(path) if suffix == ".jsonl" else _Parquet(path, schema(export.format, export.chat))
             group.append(row)
             if len(group) == _GROUP:

@@ -154,6 +154,7 @@ def test_the_filter_is_that_of_inspect(tmp_path: Path) -> None:
     assert len(exported(tmp_path / "b", "stepwise", results, where="not won and sampled > 100")) == 1
     with pytest.raises(ExportError, match="no trace matches"):
         exported(tmp_path / "c", "stepwise", results, where="sampled > 1000")
+    assert not (tmp_path / "c" / "out").exists()
 
 
 def test_what_stands_between_steps_is_read_off_a_won_trace_before_the_task_is_asked(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
     export_path(traces, "sft", out)
     with pytest.raises(ExportError, match="exists already"):
         export_path(traces, "sft", out)
-    with pytest.raises(ExportError, match="folder of its own"):
+    with pytest.raises(ExportError, match="folder of its own, such as --out .*/out/prm/prm.parquet"):
         export_path(traces, "prm", tmp_path / "out" / "prm.parquet")
 
 
