@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 from mcts.engines.kv import Prefix, PrefixCache, SlotPool
 from mcts.engines.model import ModelError, load_policy
 from mcts.engines.text import Codec
+from mcts.engines.torch_engine import TorchEngine
 from mcts.engines.torch_rows import DELIMITER, RUNNING
 from mcts.engines.value_head import ValueHead
+from mcts.tasks import load_task
 from tests.models import FAMILIES, make_policy, save_model
 
 
@@ -126,3 +128,20 @@ def test_a_long_delimiter_that_begins_before_the_step_does_not_end_it() -> None:
     assert codec.long_codes(none, row, rows, at, np.array([0])).tolist() == [DELIMITER]
     assert codec.long_codes(none, row, rows, at, np.array([1])).tolist() == [RUNNING]
     assert codec.long_codes(none, row[:, ::-1].copy(), rows, at, np.array([0])).tolist() == [RUNNING]
+
+
+def test_an_engine_plays_in_its_own_dtype_and_takes_new_weights_in_it(tmp_path: Path) -> None:
+    from selfplay.config import parse_config
+    from selfplay.worker import make_engine
+
+    text = "task: {name: countdown}\nplay: {search: {strategy: {name: mcts}, budget: 64}}"
+    config = parse_config(text, ["engine.dtype=bfloat16", "engine.rows=16", "engine.max_context=64"])
+    folder = save_model(tmp_path / "one")
+    engine = make_engine(
+        config, folder / "policy", folder / "value_head.safetensors", 0, load_task("countdown", numbers=3)
+    )
+    assert isinstance(engine, TorchEngine)
+    assert engine.policy.model.dtype == torch.bfloat16
+    assert not engine.exact
+    engine.load(str(save_model(tmp_path / "two", seed=1)), 1)
+    assert engine.policy.model.dtype == torch.bfloat16

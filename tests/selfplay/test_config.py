@@ -75,6 +75,12 @@ def test_the_hash_changes_with_what_changes_traces_and_with_nothing_else() -> No
     assert parse_config(MINIMAL, ["play.search.temperature=0.5"]).hash() != base
     assert parse_config(MINIMAL, ["cluster.workers=7"]).hash() == base
     assert parse_config(MINIMAL, ["iterations=99"]).hash() == base
+    assert parse_config(MINIMAL, ["engine.dtype=bfloat16"]).hash() != base
+
+
+def test_runs_from_before_a_setting_existed_keep_their_hash() -> None:
+    """Trace ids hold it: a run that was started by an older version goes on under its own."""
+    assert parse_config(MINIMAL).hash() == "7f4232a713c45a1d6b0dcc16d3c90a0e95e73ca5cb2f68785aedc70fe35caefa"
 
 
 @pytest.mark.parametrize(

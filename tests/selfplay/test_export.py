@@ -213,7 +213,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path) -> None:
     export_path(traces, "sft", out)
     with pytest.raises(ExportError, match="exists already"):
         export_path(traces, "sft", out)
-    with pytest.raises(ExportError, match="folder of its own, such as --out .*/out/prm/prm.parquet"):
+    with pytest.raises(ExportError, match=r"folder of its own, such as --out .*/out/prm/prm\.parquet"):
         export_path(traces, "prm", tmp_path / "out" / "prm.parquet")
 
 

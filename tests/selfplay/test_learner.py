@@ -56,6 +56,17 @@ def test_warm_up_lowers_the_loss_and_ranks_by_value():
     assert last["entropy"] > 0.0
 
 
+def test_a_model_in_bfloat16_learns_with_a_value_head_in_float32():
+    policy = tiny_policy()
+    policy.model.to(torch.bfloat16)
+    learner = Learner(policy, AlphaZero(), settings(items_per_step=32))
+    first = learner.learn(0, [], Budget(steps=3), fresh=examples(), fresh_share=1.0)
+    learner.learn(0, [], Budget(steps=60), fresh=examples(), fresh_share=1.0)
+    last = learner.learn(0, [], Budget(steps=3), fresh=examples(), fresh_share=1.0)
+    assert last["policy_loss"] < 0.8 * first["policy_loss"]
+    assert last["value_loss"] < 0.8 * first["value_loss"]
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_loss_of_a_small_set_falls(name):
     policy = tiny_policy()
