@@ -69,22 +69,34 @@ def attend(
             tuple[Tensor, Tensor | None],
             sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs),
         )
+    out = fused(query, key, scaling) if query.is_cuda else products(query, key, scaling)
+    return out.transpose(1, 2), None
+
+
+def fused(query: Tensor, to: RowKeys, scaling: float) -> Tensor:
+    """Attention [B, Hq, T, D] by one kernel. The query heads that share a key head stand as so many queries of one
+    head, so that nothing is repeated."""
     batch, query_heads, tokens, size = query.shape
-    heads, length = key.keys.shape[1:3]
+    heads = to.keys.shape[1]
     groups = query_heads // heads
-    if query.is_cuda:
-        # the query heads that share a key head stand as so many queries of one head: nothing is repeated
-        mask = key.mask if tokens == 1 else key.mask.repeat(1, 1, groups, 1)
-        grouped = query.reshape(batch, heads, groups * tokens, size)
-        out = F.scaled_dot_product_attention(grouped, key.keys, key.values, attn_mask=mask, scale=scaling)
-        return out.reshape(batch, query_heads, tokens, size).transpose(1, 2), None
-    keys, values = (side.view(batch * heads, length, size) for side in (key.keys, key.values))
+    mask = to.mask if tokens == 1 else to.mask.repeat(1, 1, groups, 1)
+    grouped = query.reshape(batch, heads, groups * tokens, size)
+    out = F.scaled_dot_product_attention(grouped, to.keys, to.values, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, query_heads, tokens, size)
+
+
+def products(query: Tensor, to: RowKeys, scaling: float) -> Tensor:
+    """Attention [B, Hq, T, D] by two batched products, whose bits do not depend on the batch."""
+    batch, query_heads, tokens, size = query.shape
+    heads, length = to.keys.shape[1:3]
+    groups = query_heads // heads
+    keys, values = (side.view(batch * heads, length, size) for side in (to.keys, to.values))
     scores = torch.bmm((query * scaling).reshape(batch * heads, groups * tokens, size), keys.transpose(1, 2)).view(
         batch, heads, groups, tokens, -1
     )
-    weights = torch.softmax(scores.add_(key.mask[:, :, None]), -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(scores.add_(to.mask[:, :, None]), -1, dtype=torch.float32).to(query.dtype)
     out = torch.bmm(weights.view(batch * heads, groups * tokens, -1), values)
-    return out.view(batch, query_heads, tokens, size).transpose(1, 2), None
+    return out.view(batch, query_heads, tokens, size)
 
 
 AttentionInterface.register(ATTENTION, attend)

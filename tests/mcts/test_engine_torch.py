@@ -15,6 +15,7 @@ from mcts.engines.base import EngineFull
 from mcts.engines.model import Policy, load_policy
 from mcts.engines.torch_batch import CHUNK
 from mcts.engines.torch_engine import TorchEngine
+from mcts.engines.torch_forward import Forward, RowKeys, fused, products
 from mcts.types import Int32, Reply, Request, Step, Stop
 from tests.mcts.engine_contract import EngineContract, drain, extend
 from tests.models import FAMILIES, make_policy, save_model, words
@@ -93,6 +94,29 @@ def test_logprobs_and_values_over_shared_keys_equal_a_plain_forward(family: str)
                 assert step.value == pytest.approx(value, abs=1e-4)
             checked += 1
     assert checked > 15
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_fused_attention_equals_the_products_also_over_a_window(tokens: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(4, 2 * groups, tokens, 8, generator=generator)
+    held = torch.randn(2, 6, 2, 64, 8, generator=generator)
+    seen = torch.rand(4, 1, tokens, 32, generator=generator) < 0.5
+    seen[..., 0] = True
+    mask = torch.zeros(4, 1, tokens, 32).masked_fill_(~seen, float("-inf"))
+    keys, values = (side[:4, :, :32] for side in held)
+    expected = products(query, RowKeys(keys.contiguous(), values.contiguous(), mask), 0.3)
+    torch.testing.assert_close(fused(query, RowKeys(keys, values, mask), 0.3), expected)
+
+
+def test_a_gpu_reads_one_of_few_windows_that_holds_the_longest_row() -> None:
+    policy = make_policy(context=1024)
+    forward = Forward(policy, 2, 2, 8, 16, 16, 1024)
+    forward.cache.capacity = 1000
+    windows = [forward._window(length) for length in range(1, 1001)]
+    assert all(window >= length for length, window in enumerate(windows, start=1))
+    assert sorted(set(windows)) == [64, 96, 128, 192, 256, 384, 512, 768, 1000]
 
 
 def test_every_token_is_forwarded_once() -> None:
