@@ -72,7 +72,7 @@ def forward(
             spread = -(shares.exp() * shares).sum(-1)
     values = None
     if policy.head is not None:
-        values = policy.head.logits(hidden.index_select(0, packed.value_source).float()).float()
+        values = policy.head.logits(hidden.index_select(0, packed.value_source)).float()
     return Outputs(logprobs, values, spread)
 
 

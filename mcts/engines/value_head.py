@@ -37,7 +37,8 @@ class ValueHead(nn.Module):
             self.outer.bias.zero_()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] -> [...], before the sigmoid (for a loss)."""
+        """[..., hidden_size] of any dtype -> [...] in the head's own, before the sigmoid (for a loss)."""
+        hidden = hidden.to(self.outer.weight.dtype)
         read = nn.functional.gelu(self.inner(hidden)) if self.width else hidden
         out: Tensor = self.outer(read).squeeze(-1)
         return out
