@@ -140,6 +140,8 @@ def _check(path: Path, form: str, out: Path, gap: float, value: str) -> None:
     home = next(folder for folder in out.absolute().parents if folder.exists())
     if not home.is_dir():
         raise ExportError(f"cannot write {out}: {home} is no folder; choose another --out")
+    if not path.exists():
+        raise ExportError(f"{path} does not exist; give a run folder, a folder of shards or one shard")
     if not list_shards(path):
         raise ExportError(f"no traces below {path} yet; wait for the first unit of the run, or check the path")
 

@@ -121,6 +121,14 @@ def test_a_damaged_shard_is_named_and_nothing_is_written(
     assert not (tmp_path / "out" / "a.jsonl").exists()
 
 
+@pytest.mark.parametrize("form", ["sft", "preference", "stepwise", "prm", "prm-model"])
+def test_an_export_of_a_run_that_is_not_there_is_wrong_input(form: str, tmp_path: Path, told: Told) -> None:
+    code, error = told("export", tmp_path / "nowhere", "--format", form, "--out", tmp_path / "out" / "a.jsonl")
+    assert code == 2
+    assert "nowhere" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_below_a_file_is_refused(shard: Path, config: Path, told: Told) -> None:
     code, error = told("export", shard, "--format", "sft", "--out", config / "deeper" / "a.jsonl")
     assert code == 2
