@@ -43,8 +43,9 @@ _JOINT = re.compile(
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|<\|")
 _HOPE = re.compile(r"[.,]?\s*I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
 _NUMBERS = re.compile(
-    r"(?<![\w.])[-−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s+\d+/\d+|\d+/\d+|\d*\.?\d+(?:[eE][+-]?\d+)?)(?:\s?\\?%)?(?![\d/]|\.\.)"
+    r"(?<![\w.])[-−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s+\d+/\d+|\d+/\d+|\d*\.?\d+(?:[eE][+-]?\d+)?)(?:\s?\\?%)?(?![\d/_]|\.\.|[A-Za-z]\d|(?![ghlmsL])[A-Za-z]\b)"
 )
+"""Not part of `0x12`, `52_8`, `3x4`, and no `5k` or `2x`; a unit of one letter may follow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ from mcts.types import Status, Verdict
 from mcts.verify.base import refuse
 
 _WRAPPERS = re.compile(r"\\(?:text|mbox|textbf|textit|mathrm|textnormal)\s*\{([^{}]*)\}")
+_FORMULA = re.compile(r"^\s*\$+([^$]+)\$+\s*$|\$+(?![\s$])([^$]+)(?<!\s)\$+(?!\d)")
 
 
 def normalise(text: str) -> str:
-    """The text as it is compared: Unicode NFKC, case folded, runs of white space one space, `\\text{}` and `$` taken
-    off, and at the ends no quotes, asterisks or full stop. `Dr. No` keeps its inner full stop."""
+    """The text as it is compared: Unicode NFKC, case folded, runs of white space one space, `\\text{}` and the `$` of
+    `$x$` taken off, and at the ends no quotes, asterisks or full stop. `Dr. No` keeps its inner full stop, `$5` its
+    dollar sign."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = _WRAPPERS.sub(r"\1", text).replace("$", " ")
+    text = _FORMULA.sub(r" \1\2 ", _WRAPPERS.sub(r"\1", text))
     return " ".join(text.split()).strip(" \"'`*“”‘’").rstrip(".").rstrip()
 
 

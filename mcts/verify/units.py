@@ -62,7 +62,7 @@ def read_unit(text: str) -> Unit | None:
     power = 1
     words = []
     for word in re.findall(r"[^\s,;]+", text):
-        word = word if word in ("°", "%", "$") else word.rstrip(".")
+        word = word if word in ("°", "%", "$") else word.replace(".", "")
         base, caret, exponent = word.partition("^")
         if caret and exponent in ("2", "3"):
             power, word = int(exponent), base

@@ -43,7 +43,7 @@ def test_a_wrong_name_or_setting_is_one_sentence(name: str, settings: dict[str, 
     ("gold", "prediction"),
     [("-3", "-3.0"), ("+7", "7"), ("1000.99", "$1,000.99"), ("1000.99", "1000,99"), ("0.111", "0,111"), ("18", "18 eggs"),
      ("5000", "5 thousand"), ("7/2", "3.5"), ("18", "18 m²"), ("72", "7.2e1"),
-     ("-18", "negative 18"), ("-18", "minus 18"), ("18 N", "18 N"), ("18 N", "18"), ("200000", "2 hundred thousand")],
+     ("-18", "negative 18"), ("-18", "minus 18"), ("18 N", "18 N"), ("18 N", "18"), ("5", "$5"), ("5 p.m.", "5 PM"), ("5 p.m.", "5"), ("200000", "2 hundred thousand")],
 )  # fmt: skip
 def test_equal_numbers_are_correct(gold: str, prediction: str) -> None:
     assert NumberVerifier().verify(gold, prediction).status is Status.CORRECT
@@ -53,7 +53,7 @@ def test_equal_numbers_are_correct(gold: str, prediction: str) -> None:
     ("gold", "prediction", "status"),
     [("-3", "3", "wrong"), ("18", "81", "wrong"), ("5 km", "5 cm", "wrong"), ("18", "18 or 19", "unparsable"),
      ("18", "x", "unparsable"), ("x", "x", "unparsable"), ("18", "2 pi", "unparsable"), ("18", "18 squared", "unparsable"), ("18", "18 K", "wrong"),
-     ("18", "18 dozens", "wrong"), ("3", "3 sixteenths", "unparsable"), ("18", "18 degrees below zero", "unparsable"), ("18", "minus 18", "wrong")],
+     ("18", "18 dozens", "wrong"), ("$5", "€5", "wrong"), ("5 p.m.", "5 AM", "wrong"), ("0", "0x12", "unparsable"), ("52", "52_8", "unparsable"), ("3", "3 sixteenths", "unparsable"), ("18", "18 degrees below zero", "unparsable"), ("18", "minus 18", "wrong")],
 )  # fmt: skip
 def test_other_numbers_are_not(gold: str, prediction: str, status: str) -> None:
     verdict = NumberVerifier(partial=0.1).verify(gold, prediction)
@@ -78,7 +78,8 @@ def test_choices(gold: str, prediction: str, status: str) -> None:
 
 @pytest.mark.parametrize(
     ("gold", "prediction", "status"),
-    [("the Cat.", "The  cat", "correct"), ("cat", "cats", "wrong"), (r"\text{east}", "East", "correct"), ('"."', "x", "unparsable")],
+    [("the Cat.", "The  cat", "correct"), ("cat", "cats", "wrong"), (r"\text{east}", "East", "correct"), ("$x$ axis", "x axis", "correct"), ("$ 5 $", "5", "correct"),
+     ("$5", "5", "wrong"), ("$5", "$5", "correct"), ("$5 and $6", "5 and 6", "wrong"), ('"."', "x", "unparsable")],
 )  # fmt: skip
 def test_words(gold: str, prediction: str, status: str) -> None:
     assert TextVerifier().verify(gold, prediction).status == status
