@@ -21,6 +21,7 @@ _OPENING, _CLOSING = "([{", ")]}"
 _DEFINITIONS = re.compile(
     r"\\(?:def|newcommand|renewcommand|let|input|include|write|immediate|catcode|csname|loop|read|openin|usepackage)(?![a-z])"
 )
+_DEGREES = re.compile(r"\^\{?\\circ(?![A-Za-z])\}?")
 _SMALL_FACTORIAL = re.compile(r"(?:\b|(?<=[_{}\s(]))\d{1,3}!")
 
 
@@ -43,7 +44,7 @@ def beyond(text: str) -> str:
 
 
 def _powers(text: str) -> str:
-    caret = text.replace("**", "^").replace(" ", "")
+    caret = _DEGREES.sub("", text.replace("**", "^").replace(" ", ""))
     small = len(re.findall(r"\^\{?\d\d?(?!\d)\}?", caret))
     if caret.count("^") - small > MAX_POWERS:
         return f"holds more than {MAX_POWERS} powers"

@@ -24,6 +24,7 @@ _POINTS = (
 )
 _FAR_POINTS = (("10007/3", "-9001/7", "8009/5", "-7013/9"), ("-10009/7", "9011/4", "-8011/3", "7019/8"))
 """Beyond where a formula made of pieces (`|x-3|`) changes its form, as small points may not be."""
+_FACTORIALS = (sympy.factorial, sympy.binomial, sympy.gamma)
 _PIECES = (sympy.Abs, sympy.Max, sympy.Min, sympy.Piecewise, sympy.sign)
 """Values of the first, second, ... variable, one row for each point; further variables repeat them, scaled."""
 
@@ -78,6 +79,8 @@ def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     if not symbols:
         zero = is_zero(difference)
         return bool(zero) if zero is not None else False
+    if difference.has(*_FACTORIALS) and sympy.combsimp(difference) == 0:
+        return True  # at points, they take minutes to cancel
     verdicts = []
     for point in _POINTS + (_FAR_POINTS if _in_pieces(difference) else ()):
         scale = [sympy.Rational(point[i % 4]) * (1 + i // 4) for i in range(len(symbols))]
