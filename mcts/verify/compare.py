@@ -6,6 +6,7 @@ The comparison is ours because math-verify's own rounds to 15 digits (2^-99 is 2
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ from sympy.core.function import AppliedUndef
 
 from mcts.verify.equality import equal, is_constant, is_zero, same_formula, value
 from mcts.verify.forms import (
+    Both,
     Chain,
     Expression,
     Listed,
@@ -21,13 +23,17 @@ from mcts.verify.forms import (
     Ordered,
     Ratio,
     Reading,
+    Residue,
     Union,
+    Without,
     Words,
+    parts,
 )
 from mcts.verify.formula import CannotParse, parse
 from mcts.verify.number import Number
-from mcts.verify.reading import Unreadable, read
+from mcts.verify.reading import read
 from mcts.verify.sets import same_set
+from mcts.verify.tex import Unreadable
 
 _WORD_NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six"),
@@ -98,6 +104,9 @@ _KIND: dict[type, str] = {
     Listed: "a set or list",
     Ordered: "a tuple or interval",
     Union: "a union",
+    Both: "conditions",
+    Without: "a set",
+    Residue: "a residue",
     Ratio: "a ratio",
     Matrix: "a matrix",
     Chain: "a relation",
@@ -110,16 +119,6 @@ def formulas(reading: Reading) -> None:
         parse(reading.latex)
     for part in parts(reading):
         formulas(part)
-
-
-def parts(reading: Reading) -> tuple[Reading, ...]:
-    if isinstance(reading, Listed | Ordered | Union | Ratio):
-        return reading.items
-    if isinstance(reading, Chain):
-        return reading.sides
-    if isinstance(reading, Matrix):
-        return tuple(cell for row in reading.rows for cell in row)
-    return ()
 
 
 def contradicts(reading: Reading) -> bool:
@@ -177,8 +176,8 @@ def same(gold: Reading, given: Reading) -> bool:
         return gold.same(given)
     if isinstance(gold, Number | Expression) and isinstance(given, Number | Expression):
         return same_formula(gold, given)
-    if isinstance(gold, Ratio) and isinstance(given, Ratio):
-        return _pairwise(gold.items, given.items)
+    if isinstance(gold, Ratio | Residue) and type(gold) is type(given):
+        return _pairwise(gold.items, parts(given))
     if isinstance(gold, Matrix) and isinstance(given, Matrix):
         shapes = [[len(row) for row in matrix.rows] for matrix in (gold, given)]
         return shapes[0] == shapes[1] and _pairwise(parts(gold), parts(given))
@@ -186,9 +185,14 @@ def same(gold: Reading, given: Reading) -> bool:
         if len(gold.items) == 2 and (gold.left, gold.right) != (given.left, given.right):
             return False  # intervals, one of them open where the other is closed
         return _pairwise(gold.items, given.items)
-    if isinstance(gold, Union) and isinstance(given, Union) and _matched(gold.items, given.items):
+    if isinstance(gold, Ordered | Listed) and isinstance(given, Ordered | Listed):
+        a, b = _tuple(gold), _tuple(given)
+        return a is not None and b is not None and _pairwise(a, b)
+    if isinstance(gold, Union | Both) and type(gold) is type(given) and _matched(gold.items, parts(given)):
         return True
-    if isinstance(gold, Union) or isinstance(given, Union):
+    if isinstance(gold, Without) and isinstance(given, Without) and _pairwise(gold.items, given.items):
+        return True
+    if isinstance(gold, Union | Both | Without) or isinstance(given, Union | Both | Without):
         return same_set(gold, given)
     return False
 
@@ -208,6 +212,20 @@ def _lone(reading: Reading) -> Reading:
     return reading if isinstance(only, Listed) and only.braces else only
 
 
+def _tuple(reading: Ordered | Listed) -> tuple[Reading, ...] | None:
+    """The items of `(1, 3)`, and `x = 1, y = 3` as (1, 3): only letters that follow one another in the alphabet have an
+    order that is clear."""
+    if isinstance(reading, Ordered):
+        return reading.items if (reading.left, reading.right) == ("(", ")") else None
+    named = [item for item in reading.items if isinstance(item, Chain) and len(item.name) == 1]
+    if reading.braces or reading.either or len(named) != len(reading.items):
+        return None
+    named.sort(key=lambda item: item.name)
+    if any(ord(b.name) - ord(a.name) != 1 for a, b in pairwise(named)):
+        return None
+    return tuple(item.sides[-1] for item in named)
+
+
 def _pairwise(gold: tuple[Reading, ...], given: tuple[Reading, ...]) -> bool:
     return len(gold) == len(given) and all(same(a, b) for a, b in zip(gold, given, strict=True))
 
@@ -220,9 +238,12 @@ def _matched(gold: tuple[Reading, ...], given: tuple[Reading, ...]) -> bool:
 def _same_list(gold: Listed, given: Listed) -> bool:
     a, b = _flat(gold), _flat(given)
     names = [{item.name for item in items if isinstance(item, Chain) and item.name} for items in (a, b)]
-    if (len(names[0]) > 1) != (len(names[1]) > 1):
-        return _pairwise(a, b)  # `x = 1, y = 2` against `1, 2`: the order says which is which
-    return _matched(a, b)
+    if (len(names[0]) > 1) == (len(names[1]) > 1):
+        return _matched(a, b)
+    if gold.braces or given.braces:  # `x_1 = 1, x_2 = 2` names the members of a set, `x = 1, y = 2` does not
+        return len({name[0] for name in names[0] | names[1]}) == 1 and _matched(a, b)
+    # `x = 1, y = 2` against `1, 2`: the order says which is which
+    return not (gold.either or given.either) and _pairwise(a, b)
 
 
 def _flat(listed: Listed) -> tuple[Reading, ...]:
@@ -261,27 +282,24 @@ def _same_chain(gold: Reading, given: Reading) -> bool:
         a, b = _upward(gold), _upward(given)
         if a.signs == b.signs and _pairwise(a.sides, b.sides):
             return True
-        if "=" in gold.signs + given.signs or _unknowns(gold) != _unknowns(given):
-            return False
-        return same_set(gold, given)
+        return "=" not in gold.signs + given.signs and same_set(gold, given)
     chain, other = (gold, given) if isinstance(gold, Chain) else (given, gold)
     assert isinstance(chain, Chain)
     if set(chain.signs) == {"="}:
         if not chain.name and not all(is_constant(side) for side in chain.sides):
             return False
-        if chain.name in _unknowns(chain.sides[-1]):
+        if chain.name in _variables(chain.sides[-1]):
             return False  # `x = x + 3` names nothing
         return same(chain.sides[-1], other) if chain is gold else same(other, chain.sides[-1])
-    if isinstance(other, Ordered | Union) or (isinstance(other, Listed) and other.braces):
+    if isinstance(other, Ordered | Union | Both | Without) or (isinstance(other, Listed) and other.braces):
         return same_set(gold, given)
     return False
 
 
-def _unknowns(reading: Reading) -> set[str]:
-    """Names of the variables in it."""
+def _variables(reading: Reading) -> set[str]:
     found = value(reading)
     own = {str(symbol) for symbol in found.free_symbols} if found is not None else set()
-    return own.union(*(_unknowns(part) for part in parts(reading)))
+    return own.union(*(_variables(part) for part in parts(reading)))
 
 
 def _upward(chain: Chain) -> Chain:

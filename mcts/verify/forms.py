@@ -37,6 +37,8 @@ class Listed:
 
     items: tuple[Reading, ...]
     braces: bool
+    either: bool = False
+    """Joined by "or"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,30 @@ class Ordered:
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """`A \\cup B`."""
+    """`A \\cup B`, `x < -1 or x > 1`."""
 
     items: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Conditions that hold together: `x > -1 and x < 1`, `x > 0, y > 0`."""
+
+    items: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Without:
+    """`A \\setminus B`."""
+
+    items: tuple[Reading, Reading]
+
+
+@dataclass(frozen=True, slots=True)
+class Residue:
+    """`5 \\pmod 7`, `x \\equiv 5 \\pmod 7`: what stands before the modulus, as written, and the modulus."""
+
+    items: tuple[Reading, Reading]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +97,21 @@ class Chain:
     sides: tuple[Reading, ...]
     signs: tuple[str, ...]
     name: str = ""
-    """The text of the first side, where it only names the last one: `x` in `x = 2 + 3 = 5`. Else empty."""
+    """The text of the first side, where it only names the last one: `x` in `x = 2 + 3 = 5`. Else empty. Where only the
+    last side names the others, the chain is held backwards: `5 = x` as `x = 5`."""
 
 
-Reading = Words | Expression | Number | Numeral | Listed | Ordered | Union | Ratio | Matrix | Chain
+Reading = (
+    Words | Expression | Number | Numeral | Listed | Ordered | Union | Both | Without | Residue | Ratio | Matrix | Chain
+)
+
+
+def parts(reading: Reading) -> tuple[Reading, ...]:
+    """The readings that a reading is made of."""
+    if isinstance(reading, Listed | Ordered | Union | Both | Without | Residue | Ratio):
+        return reading.items
+    if isinstance(reading, Chain):
+        return reading.sides
+    if isinstance(reading, Matrix):
+        return tuple(cell for row in reading.rows for cell in row)
+    return ()

@@ -16,6 +16,7 @@ _BARE_NAMES = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|gamma)(?![A-Za-z])"
 )
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])")
+_ENDLESS = re.compile(r"\\(?:lim|sum|prod|int)(?![A-Za-z])")
 _BARE_ROOT = re.compile(r"(?<![A-Za-z])\\?sqrt\s*\(")
 
 
@@ -28,6 +29,8 @@ def parse(latex: str) -> sympy.Expr:
     """The formula, evaluated exactly. Raises CannotParse."""
     text = _BARE_NAMES.sub(r"\\\1", _roots(latex))
     text = _INFINITY.sub(r"\\infty", text)
+    if "\\infty" in text and not re.fullmatch(r"[({\s]*[+-]?\s*\\infty[)}\s]*", text) and not _ENDLESS.search(text):
+        raise CannotParse("infinity is no number to calculate with")
     try:
         found = latex2sympy(
             normalize_latex(text, _NORMALISED), is_real=False, normalization_config=None, conversion_config=_CONVERTED

@@ -34,7 +34,7 @@ ROUNDED_DIGITS = 6
 _GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?!\d)"
 _WHOLE = rf"(?:{_GROUPED}|\d+)"
 _FRAC = r"\\[dtc]?frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))"
-_REPEAT = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
+_REPEAT = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?|\((\d+)\))")
 _ELLIPSIS = re.compile(r"(\d*)\.(\d+)\s*(?:\.\.\.|…|\\l?dots)")
 _MIXED = re.compile(rf"(\d+)\s*(?:{_FRAC})|(\d+)\s+(\d+)\s*/\s*(\d+)")
 _FRACTION = re.compile(rf"{_FRAC}|({_WHOLE})\s*/\s*({_WHOLE})(?![\d./])")
@@ -122,6 +122,7 @@ def tidy(text: str) -> str:
             if left not in inner:
                 text = inner.strip()
                 break
+    text = re.sub(r"(?:\\\\\s*)+$", "", text)
     wrapped = _WRAPPED_NUMBER.fullmatch(text)
     text = wrapped[1] if wrapped is not None else text
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_RAISED_DIGITS)}}}", text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from mcts.verify.forms import (
+    Both,
     Chain,
     Expression,
     Listed,
@@ -17,34 +18,39 @@ from mcts.verify.forms import (
     Ordered,
     Ratio,
     Reading,
+    Residue,
     Union,
+    Without,
     Words,
 )
-from mcts.verify.number import changes, read_number, tidy
+from mcts.verify.number import changes, read_number
+from mcts.verify.tex import WRAPPED, Unreadable, clean, matching, split
 from mcts.verify.units import read_unit
 
-
-class Unreadable(ValueError):
-    """The text is no mathematics that this grammar knows; the message says why."""
-
-
-_SYMBOLS = str.maketrans(
-    {
-        "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "∪": r"\cup ", "∩": r"\cap ",
-        "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "±": r"\pm ", "√": r"\sqrt ",
-        "−": "-", "–": "-", "θ": r"\theta ", "°": r"^\circ ", "\t": " ", "\n": " ", "\r": " ",
-    }
-)  # fmt: skip
-_WRAPPED = r"\\(?:text|mbox|mathrm|textnormal|textrm|textbf|mathbf|textit|mathit|operatorname|boldsymbol)"
-_ONE_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(.*)\}", re.DOTALL)
-_WHOLE_WRAP = re.compile(rf"{_WRAPPED}\s*\{{([^{{}}]*)\}}")
-_AND = re.compile(rf"\s*,?\s*(?:{_WRAPPED}\s*\{{\s*,?\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
-_NUMERAL = re.compile(rf"(-?)(?:{_WRAPPED}\s*\{{\s*)?([0-9A-F]+)\s*\}}?\s*_\s*(?:\{{\s*(\d+)\s*\}}|(\d+))")
+_WHOLE_WRAP = re.compile(rf"{WRAPPED}\s*\{{([^{{}}]*)\}}")
+_AND = re.compile(rf"\s*,?\s*(?:{WRAPPED}\s*\{{\s*,?\s*(?:and|or)\s*\}}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
+_NUMERAL = re.compile(
+    rf"(?P<sign>-?)(?P<open>\()?(?P<wrap>{WRAPPED}\s*\{{\s*)?(?P<digits>[0-9A-Za-z]+)\s*(?(wrap)\}})(?(open)\))"
+    rf"\s*_\s*\{{?\s*(?:{WRAPPED}\s*\{{\s*)?(?P<base>\d{{1,2}}|[a-z]+)\s*\}}*"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+          "eleven": 11, "twelve": 12, "sixteen": 16}  # fmt: skip
+_BASED = re.compile(r"[\d)]\s*_")
+_PREFIXED = re.compile(r"(?<![\w.])0[xXbBoO][0-9A-Fa-f]")
+_SLASH = re.compile(
+    r"(?:/|\\div)\s*\d+(?:\.\d+)?\s*(?=[A-Za-z(]|\\(?!cdot|times|div|ast|pm|mp|begin|end|to|text|math|mbox|circ)[A-Za-z])"
+)
+"""`1/2x`: (1/2)x or 1/(2x)."""
+_TIME = re.compile(rf"(\d\d?(?::\d\d)*)\s*(?:{WRAPPED}\s*\{{\s*)?([aApP])(?:\.\s?)?[mM]\.?\s*\}}?")
+_MOD = re.compile(
+    r"(?P<value>[^=<>]+?)\s*\(?\s*\\?[bp]?mod(?![A-Za-z])\s*(?P<modulus>\{[^{}]*\}|[^{}()]*?)\s*\)?", re.DOTALL
+)
 _UNIT_TAIL = re.compile(
-    rf"(?P<rest>.*?)\s*(?:\\ )*{_WRAPPED}\s*\{{(?P<unit>[^{{}}]*)\}}(?P<power>\s*\^\s*\{{?[23]\}}?)?", re.DOTALL
+    rf"(?P<rest>.*?)\s*(?:\\ )*{WRAPPED}\s*\{{(?P<unit>[^{{}}]*)\}}(?P<power>\s*\^\s*\{{?[23]\}}?)?", re.DOTALL
 )
 _DEGREES = re.compile(r"(?P<rest>.*?)\s*\^\s*\{?\s*\\circ\s*\}?", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_ROW_END = re.compile(r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?")
 _RELATIONS = {
     "<=": "<=", ">=": ">=", "!=": "!=", "=": "=", "<": "<", ">": ">", r"\leqslant": "<=", r"\geqslant": ">=",
     r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\lt": "<", r"\gt": ">",
@@ -53,6 +59,9 @@ _RELATION = re.compile(r"<=|>=|!=|:=|==|[=<>]|\\(?:leqslant|geqslant|leq|geq|neq
 _APPROX = re.compile(r"\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])|~=")
 _IN = re.compile(r"\\in(?![A-Za-z])")
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
+_SETMINUS = re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])")
+_TRIGONOMETRIC = re.compile(r"(?<!arc)(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_NUMBER_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?")
 _PROSE = re.compile(
     r"(?:^|(?<=[\s(:]))(?!(?:sqrt|arcsin|arccos|arctan|sinh|cosh|tanh|theta|alpha|beta|gamma|infinity)\b)"
     r"[A-Za-z]{4,}(?=$|[\s).:!?'])"
@@ -61,6 +70,7 @@ _DOTS = re.compile(r"\\[lcvd]?dots[bcmio]?(?![A-Za-z])|\.\.\.|…")
 _POWER_WORD = re.compile(r"\b(?:squared|cubed)\b")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|∅")
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?|(?:the )?empty set")
 _REALS = re.compile(r"\\mathbb\s*\{\s*R\s*\}|\\R(?![A-Za-z])|ℝ")
 _FUNCTIONS = frozenset(
     (*("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "frac", "max", "min"),
@@ -71,31 +81,7 @@ _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 def read(text: str) -> Reading:
     """The reading of a text. Raises Unreadable."""
-    return _read(_clean(text), 0)
-
-
-def _clean(text: str) -> str:
-    text = text.strip()
-    while True:
-        box = _ONE_BOX.fullmatch(text.strip("$ "))
-        if box is None or _matching(text.strip("$ "), text.strip("$ ").index("{")) != len(text.strip("$ ")) - 1:
-            break
-        text = box[1].strip()
-    text = re.sub(r"\\?[\"“”]", "", text.translate(_SYMBOLS))
-    if not re.search(r"matrix|array|cases", text):
-        text = re.sub(r"\\\\(?=[A-Za-z({\[)}\]])", r"\\", text)  # a backslash escaped once too often
-    text = re.sub(r"\\\$(?=\s*\d)", "", text)
-    text = re.sub(r"(?<!\\)\$", " ", tidy(text)).replace(r"\$", " ")
-    text = re.sub(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr|limits)(?![A-Za-z])\s*\.?", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"\\text\s*\{\s*\}", "", text).replace(r"\mathrm{e}", "e").replace(r"\mathrm{i}", "i")
-    text = re.sub(r"\\(?:lbrace|rbrace)", lambda m: r"\{" if m[0] == r"\lbrace" else r"\}", text)
-    text = re.sub(r"\\langle|\\lbrack", lambda m: "(" if m[0] == r"\langle" else "[", text)
-    text = re.sub(r"\\rangle|\\rbrack", lambda m: ")" if m[0] == r"\rangle" else "]", text)
-    text = re.sub(r"\\phantom\s*(?:\{[^{}]*\}|\S)", "", text).replace("**", "^")
-    text = re.sub(r"\\frac\s*(\\[a-z]+)\s+(\w)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"^\s*(?:\\approx|~|=)\s*", "", text)
-    return re.sub(r"[.,;]+$", "", " ".join(text.split())).strip()
+    return _read(clean(text), 0)
 
 
 def _read(text: str, depth: int) -> Reading:
@@ -107,6 +93,8 @@ def _read(text: str, depth: int) -> Reading:
     if _EMPTY.fullmatch(text):
         return Listed((), braces=True)
     text = _REALS.sub(r"(-\\infty,\\infty)", text)
+    time = _TIME.fullmatch(text)
+    text = text if time is None else rf"{time[1]}\text{{ {time[2].lower()}m}}"
     if _DATE.fullmatch(text):
         return Words(text)
     number = read_number(text)
@@ -114,13 +102,15 @@ def _read(text: str, depth: int) -> Reading:
         return number
     words = _words(text)
     if words is not None:
-        return words
+        return _named_thing(words)
     for reader in (
+        _residue,
         _listed,
         _approximate,
         _membership,
         _chain,
         _union,
+        _without,
         _plus_minus,
         _bracketed,
         _matrix,
@@ -131,6 +121,13 @@ def _read(text: str, depth: int) -> Reading:
         if reading is not None:
             return reading
     return _expression(text)
+
+
+def _named_thing(words: Words) -> Reading:
+    """What words name where a symbol stands for the same: no solution, infinity."""
+    if words.text == "infinity":
+        return Expression(r"\infty")
+    return Listed((), braces=True) if _NO_SOLUTION.fullmatch(words.text) else words
 
 
 def _words(text: str) -> Words | None:
@@ -152,73 +149,14 @@ def _words(text: str) -> Words | None:
     return None
 
 
-def _split(text: str, pattern: re.Pattern[str]) -> list[str]:
-    """Pieces of a text between matches of `pattern` that stand outside all brackets, with the matches between them:
-    [piece, match, piece, ...]. Raises Unreadable where brackets do not close."""
-    pieces = []
-    start = position = depth = 0
-    environments = 0
-    while position < len(text):
-        if text.startswith("\\begin{", position):
-            environments += 1
-        elif text.startswith("\\end{", position):
-            environments -= 1
-        if depth == 0 and environments == 0:
-            match = pattern.match(text, position)
-            if match is not None and match.end() > position:
-                pieces += [text[start:position], match[0]]
-                start = position = match.end()
-                continue
-        character = text[position]
-        if character == "\\":
-            if text[position + 1 : position + 2] in ("{", "}"):
-                depth += 1 if text[position + 1] == "{" else -1
-            position += 2
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if depth < 0:
-            raise Unreadable("a bracket closes that was not opened")
-        position += 1
-    if depth != 0:
-        raise Unreadable("a bracket is not closed")
-    return [*pieces, text[start:]]
-
-
-def _matching(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes (its last character); -1 where it does not."""
-    depth = 0
-    position = start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            escaped = text[position + 1 : position + 2]
-            if escaped == "{":
-                depth += 1
-            elif escaped == "}":
-                depth -= 1
-                if depth == 0:
-                    return position + 1
-            position += 2
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
-    return -1
-
-
 _SEPARATOR = re.compile(r"[,;]|" + _AND.pattern)
+_JOINT = re.compile(r"(?<![A-Za-z])(and|or)(?![A-Za-z])")
+_INEQUALITY = frozenset(("<", "<=", ">", ">=", "!="))
 
 
 def _items(text: str, depth: int) -> tuple[Reading, ...] | None:
     """The things that a text lists, None for one thing."""
-    pieces = _split(text, _SEPARATOR)
+    pieces = split(text, _SEPARATOR)
     if len(pieces) == 1:
         return None
     parts = [part.strip() for part in pieces[::2]]
@@ -229,12 +167,32 @@ def _items(text: str, depth: int) -> tuple[Reading, ...] | None:
 
 def _listed(text: str, depth: int) -> Reading | None:
     items = _items(text, depth)
-    return None if items is None else Listed(items, braces=False)
+    if items is None:
+        return None
+    joints = {match[1] for match in map(_JOINT.search, split(text, _SEPARATOR)[1::2]) if match}
+    if not any(isinstance(item, Chain) and _INEQUALITY.issuperset(item.signs) for item in items):
+        return Listed(items, braces=False, either="or" in joints)
+    if len(joints) > 1:
+        raise Unreadable('conditions joined by "and" and by "or"')
+    return Union(items) if "or" in joints else Both(items)
+
+
+def _residue(text: str, depth: int) -> Reading | None:
+    """`5 \\pmod 7`, `x \\equiv 5 (mod 7)`."""
+    if "mod" not in text:
+        return None
+    match = _MOD.fullmatch(re.sub(rf"{WRAPPED}\s*\{{([^{{}}]*\bmod\b[^{{}}]*)\}}", r" \1 ", text))
+    if match is None or "mod" in match["value"] + match["modulus"]:
+        return None
+    named, *rest = re.split(r"\\equiv(?![A-Za-z])", match["value"])
+    if len(rest) > 1 or (rest and not re.search(r"[A-Za-z]", named)):
+        raise Unreadable("a chain of congruences")
+    return Residue((_read("=".join([named, *rest]), depth + 1), _read(match["modulus"], depth + 1)))
 
 
 def _approximate(text: str, depth: int) -> Reading | None:
     """`1/3 \\approx 0.33` says 1/3; `x \\approx 11` says x = 11."""
-    pieces = _split(text, _APPROX)
+    pieces = split(text, _APPROX)
     if len(pieces) == 1:
         return None
     first = pieces[0].strip()
@@ -244,7 +202,7 @@ def _approximate(text: str, depth: int) -> Reading | None:
 
 def _membership(text: str, depth: int) -> Reading | None:
     """`x \\in S` says S."""
-    pieces = _split(text, _IN)
+    pieces = split(text, _IN)
     if len(pieces) != 3:
         return None
     if not is_name(pieces[0].strip()):
@@ -253,18 +211,26 @@ def _membership(text: str, depth: int) -> Reading | None:
 
 
 def _chain(text: str, depth: int) -> Reading | None:
-    pieces = _split(text, _RELATION)
+    pieces = split(text, _RELATION)
     if len(pieces) == 1:
         return None
     signs = tuple(_RELATIONS.get(sign, "=") for sign in pieces[1::2])
-    named = set(signs) == {"="} and is_name(pieces[0])
-    name = re.sub(r"\s", "", pieces[0]) if named else ""
-    return Chain(tuple(_read(side, depth + 1) for side in pieces[::2]), signs, name)
+    sides = pieces[::2]
+    if set(signs) == {"="} and is_name(sides[-1]) and not is_name(sides[0]):
+        sides.reverse()
+    named = set(signs) == {"="} and is_name(sides[0])
+    name = re.sub(r"\s", "", sides[0]) if named else ""
+    return Chain(tuple(_read(side, depth + 1) for side in sides), signs, name)
 
 
 def _union(text: str, depth: int) -> Reading | None:
-    pieces = _split(text, _CUP)
+    pieces = split(text, _CUP)
     return None if len(pieces) == 1 else Union(tuple(_read(piece, depth + 1) for piece in pieces[::2]))
+
+
+def _without(text: str, depth: int) -> Reading | None:
+    pieces = split(text, _SETMINUS)
+    return None if len(pieces) != 3 else Without((_read(pieces[0], depth + 1), _read(pieces[2], depth + 1)))
 
 
 def _plus_minus(text: str, depth: int) -> Reading | None:
@@ -277,13 +243,13 @@ def _plus_minus(text: str, depth: int) -> Reading | None:
 
 def _bracketed(text: str, depth: int) -> Reading | None:
     if text.startswith("\\{"):
-        if _matching(text, 0) != len(text) - 1:
+        if matching(text, 0) != len(text) - 1:
             return None
         inner = text[2:-2].strip()
         if not inner:
             return Listed((), braces=True)
         return Listed(_items(inner, depth) or (_read(inner, depth + 1),), braces=True)
-    if text[0] not in _PAIRS or _matching(text, 0) != len(text) - 1:
+    if text[0] not in _PAIRS or matching(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1]
     items = _items(inner, depth)
@@ -297,27 +263,48 @@ def _bracketed(text: str, depth: int) -> Reading | None:
 
 
 def _matrix(text: str, depth: int) -> Reading | None:
-    match = _MATRIX.fullmatch(text)
+    """A matrix, and a factor before it as one of each of its cells."""
+    factor, begin, rest = text.partition("\\begin")
+    match = _MATRIX.fullmatch(begin + rest)
     if match is None or "\\begin" in match[2]:
         return None
-    rows = [row for row in re.split(r"\\\\", match[2]) if row.strip()]
-    return Matrix(tuple(tuple(_read(cell, depth + 1) for cell in row.split("&")) for row in rows))
+    factor = re.sub(r"\\(?:cdot|times)\s*$", "", factor.strip())
+    cells = [row.split("&") for row in _ROW_END.split(match[2]) if row.strip()]
+    if factor:
+        cells = [[rf"({factor if factor != '-' else '-1'})\cdot({cell})" for cell in row] for row in cells]
+    return Matrix(tuple(tuple(_read(cell, depth + 1) for cell in row) for row in cells))
 
 
-def _numeral(text: str, depth: int) -> Reading | None:  # noqa: ARG001 - one of the readers
+def _numeral(text: str, depth: int) -> Reading | None:
+    """`52_8`, `ff_{16}`, `52_{\\text{eight}}`; `5_{10}` is the number 5. Letters are digits where the base has them, a
+    letter alone only in `\\text{}`: `a_{16}` is a member of a sequence."""
     match = _NUMERAL.fullmatch(text)
-    if match is None or (not match[2][0].isdigit() and "\\" not in text):
+    if match is None:
         return None
-    return Numeral(match[1] + (match[2].lstrip("0") or "0"), int(match[3] or match[4]))
+    base = int(match["base"]) if match["base"].isdigit() else _BASES.get(match["base"], 0)
+    digits = match["digits"].upper()
+    if not base:
+        return None
+    if not digits.isdigit():
+        beyond = any(int(digit, 36) >= base for digit in digits)
+        if beyond or (len(digits) == 1 and not match["wrap"]):
+            return None
+    if base == 10:
+        return _read(match["sign"] + digits, depth + 1)
+    return Numeral(match["sign"] + (digits.lstrip("0") or "0"), base)
 
 
 def _ratio(text: str, depth: int) -> Reading | None:
-    pieces = _split(text, re.compile(r":|\\colon(?![A-Za-z])"))
+    pieces = split(text, re.compile(r":|\\colon(?![A-Za-z])|(?<=\d)\s+to\s+(?=\d)"))
     return None if len(pieces) == 1 else Ratio(tuple(_read(piece, depth + 1) for piece in pieces[::2]))
 
 
 def _expression(text: str) -> Reading:
     unit = None
+    if _TRIGONOMETRIC.search(text):
+        text = _NUMBER_DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
+        if "\\circ" in text:
+            raise Unreadable("degrees of what is no number")
     tail = _UNIT_TAIL.fullmatch(text)
     degrees = _DEGREES.fullmatch(text)
     if tail is not None and tail["rest"].strip():
@@ -333,6 +320,10 @@ def _expression(text: str) -> Reading:
         raise Unreadable("something is left out")
     if _PROSE.search(text):
         raise Unreadable("words among a formula")
+    if _BASED.search(text) or _PREFIXED.search(text):
+        raise Unreadable("a numeral in some base among a formula")
+    if _SLASH.search(text):
+        raise Unreadable("a product behind a slash, which may belong below it or not")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
     return Expression(_exact_decimals(text), unit)
 
@@ -341,16 +332,18 @@ def _exact_decimals(text: str) -> str:
     """Decimals as fractions, since a computer algebra system reads them as floating-point numbers."""
 
     def fraction(match: re.Match[str]) -> str:
-        whole, decimals = match[0].split(".")
-        return rf"\frac{{{int((whole or '0') + decimals)}}}{{{10 ** len(decimals)}}}"
+        whole, decimals = match[2].split(".")
+        exact = rf"\frac{{{int((whole or '0') + decimals)}}}{{{10 ** len(decimals)}}}"
+        return rf"{match[1]}{{{exact}}}" if match[1] else exact
 
-    return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", fraction, text)
+    return re.sub(r"((?:\^\s*)?)(?<![\d.])(\d*\.\d+)(?![\d.])", fraction, text)
 
 
 def is_name(text: str) -> bool:
     """Does a side of an equation only name the other: `x`, `f(-2)`, `a_{37}`, `|AB|`, `m+n`, `(p,q)`?
 
-    A number in it makes it an equation (`2x = 6`), unless it is a subscript or an argument."""
+    A number in it makes it an equation (`2x = 6`), unless it is a subscript or an argument, and so does a minus before
+    it: `-x = 6` says x = -6."""
     bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)", "", text)
     bare = re.sub(r"(?<=[A-Za-z])\s*\([^()]*\)", "", bare)
-    return bool(re.search(r"[A-Za-z]", bare)) and not re.search(r"\d|\^", bare)
+    return bool(re.search(r"[A-Za-z]", bare)) and not re.search(r"\d|\^|^\s*-", bare)

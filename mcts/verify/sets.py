@@ -5,20 +5,33 @@ from __future__ import annotations
 import sympy
 
 from mcts.verify.equality import plain, value
-from mcts.verify.forms import Chain, Listed, Ordered, Reading, Union
+from mcts.verify.forms import Both, Chain, Listed, Ordered, Reading, Union, Without, parts
 
 
 def same_set(gold: Reading, given: Reading) -> bool:
-    """Are both sets of real numbers, and the same one?"""
+    """Are both sets of real numbers, and the same one? Two conditions must be on the same unknown."""
+    unknowns = [_unknowns(reading) for reading in (gold, given)]
+    if any(len(names) > 1 for names in unknowns) or (all(unknowns) and unknowns[0] != unknowns[1]):
+        return False
     a, b = as_set(gold), as_set(given)
     return a is not None and b is not None and bool(a == b or a.symmetric_difference(b) == sympy.S.EmptySet)
 
 
+def _unknowns(reading: Reading) -> set[sympy.Symbol]:
+    """The variables in it, and `f(x)` as one."""
+    found = value(reading)
+    own = set(plain(found).free_symbols) if found is not None else set()
+    return own.union(*(_unknowns(part) for part in parts(reading)))
+
+
+_JOINED = {Union: sympy.Union, Both: sympy.Intersection, Without: sympy.Complement}
+
+
 def as_set(reading: Reading) -> sympy.Set | None:
-    """A set of real numbers, None where it is none: an interval, a set, a union of them, what an inequality allows."""
-    if isinstance(reading, Union):
+    """A set of real numbers, None where it is none: an interval, a set, what an inequality allows, these joined."""
+    if isinstance(reading, Union | Both | Without):
         sets = [as_set(item) for item in reading.items]
-        return None if any(part is None for part in sets) else sympy.Union(*sets)
+        return None if any(part is None for part in sets) else _JOINED[type(reading)](*sets)
     if isinstance(reading, Listed):
         values = [value(item) for item in reading.items]
         if any(number is None or not number.is_real for number in values):
@@ -28,12 +41,15 @@ def as_set(reading: Reading) -> sympy.Set | None:
         ends = [value(item) for item in reading.items]
         if any(end is None or not end.is_extended_real or end.free_symbols for end in ends):
             return None
-        return sympy.Interval(*ends, reading.left == "(", reading.right == ")")
+        left, right = ends
+        if (left == -sympy.oo and reading.left == "[") or (right == sympy.oo and reading.right == "]"):
+            return None
+        return sympy.Interval(left, right, reading.left == "(", reading.right == ")")
     return _solutions(reading) if isinstance(reading, Chain) else None
 
 
 def _solutions(chain: Chain) -> sympy.Set | None:
-    """The real numbers that an inequality in one unknown (a variable, or a function's value) allows."""
+    """The real numbers that a relation in one unknown (a variable, or a function's value) allows."""
     sides = [value(side) for side in chain.sides]
     if any(side is None for side in sides):
         return None
@@ -43,14 +59,13 @@ def _solutions(chain: Chain) -> sympy.Set | None:
     x = sympy.Symbol("x", real=True)
     shown = [plain(side).subs(unknowns[0], x) for side in sides]
     allowed: sympy.Set = sympy.S.Reals
-    made = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "!=": sympy.Ne}
+    made = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "!=": sympy.Ne, "=": sympy.Eq}
     for left, sign, right in zip(shown, chain.signs, shown[1:], strict=False):
+        if sign not in made:
+            return None
         try:
             relation = made[sign](left, right)
-            part = relation.as_set() if relation not in (sympy.true, sympy.false) else None
+            allowed = allowed.intersect(relation.as_set())
         except (NotImplementedError, ValueError, TypeError):
             return None
-        if part is None:
-            continue
-        allowed = allowed.intersect(part)
     return allowed
