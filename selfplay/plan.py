@@ -264,25 +264,39 @@ def _learner(config: Config, shape: Shape, *, reference: bool) -> dict[str, int]
     if getattr(config.model, "gradient_checkpointing", False):
         # each layer's input, and one layer as a whole while it is computed again
         per_token = shape.activation // shape.layers + shape.layers * shape.width * low
-    row = min(tokens, max(item_tokens(config), 1))
-    # the loss holds logits, their float32 copy and its log-softmax; the entropy of a step's first batch three more
-    logits = tokens * shape.vocabulary * (low + 20)
+    item = max(item_tokens(config), 1)
+    row = min(tokens, item)
     scores = shape.layers * shape.heads * tokens * row * (low + 4) if config.model.attention == "eager" else 0
+    trunk = tokens * per_token + tokens * row * low + scores
+    logits = tokens * max(item - prompt_tokens(config), 1) // item * shape.vocabulary  # of tokens that are predicted
+    batches = -(-config.learn.items_per_step * item // tokens)
     side_by_side = config.cluster.learner_threads if config.model.device == "cpu" else 1
-    batches = -(-config.learn.items_per_step * item_tokens(config) // tokens)
-    # those summed so far and those of the batch at hand; side by side, of every batch at hand and one that waits
-    sets = min(batches, 2 if side_by_side == 1 else 2 + side_by_side)
+    if side_by_side == 1:
+        sets, activations = _most(shape, trunk, logits, low, min(batches, 2))
+    else:  # sums of every batch at hand, of those before, and of one that waits; any batch may be at its peak
+        sets, activations = min(batches, 2 + side_by_side), side_by_side * (trunk + logits * (low + 20))
     parts = {
         "weights": shape.weights + shape.adapters + 4 * shape.head_parameters,
         "gradients": sets * shape.gradients,
         "optimizer": shape.optimizer,
-        "activations": side_by_side * (tokens * per_token + tokens * row * low + scores + logits),
+        "activations": activations,
     }
     if low != size:
         parts["low-precision weights"] = shape.parameters * low  # autocast keeps them through a forward
     if reference:
         parts["reference"] = shape.weights
     return parts
+
+
+def _most(shape: Shape, trunk: int, logits: int, low: int, sets: int) -> tuple[int, int]:
+    """(sets of gradients, bytes of activations) at the moment of a step, one batch after the other, at which they take
+    most: in the loss of its first batch, which has logits, their float32 copy and log-softmax, and three more for the
+    entropy; where the backward pass of a later one begins, beside the sums so far, with the gradients of its logits
+    and output layer; where that ends."""
+    moments = [(0, trunk + logits * (low + 20)), (sets, shape.edge)]
+    if sets > 1:
+        moments.append((1, trunk + logits * (low + 8) + shape.edge))
+    return max(moments, key=lambda moment: moment[0] * shape.gradients + moment[1])
 
 
 def prompt_tokens(config: Config) -> int:

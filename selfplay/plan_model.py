@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcts.engines import adapters
@@ -24,7 +25,7 @@ from selfplay.optimizers import split_parameters
 
 BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRACED: Final = 64
-"""Tokens of the forward that activations are counted in; they grow in proportion."""
+"""Tokens by which the two forwards differ that activations are counted in."""
 _ATTENTION: Final = "plan_counted"
 
 
@@ -72,6 +73,8 @@ class Shape:
     adapters: int
     """Bytes of LoRA adapters, float32; 0: there are none."""
     gradients: int
+    edge: int
+    """Bytes of the output layer's gradient, which is made before those of the layers; 0: it is not trained."""
     optimizer: int
     """Bytes of the optimiser's state, the value head's included."""
     layers: int
@@ -156,8 +159,7 @@ def shape_of(config: Config) -> Shape:
     low = config.learn.precision == "bfloat16"
     try:
         model = meta_model(found, dtype)
-        traced = meta_model(found, "bfloat16" if low else dtype)
-        activation = activation_bytes(traced)
+        activation = autocast_activation_bytes(found, dtype) if low else activation_bytes(model)
     except (ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         what = _shortly(error)
         raise PlanError(f"no causal language model can be planned from this architecture: {what}") from error
@@ -182,6 +184,7 @@ def shape_of(config: Config) -> Shape:
         rest = adapters
     rest = [*rest, *head.parameters()]
     heads = int(found.num_attention_heads)
+    output = model.get_output_embeddings().weight
     return Shape(
         name=f"{found.model_type}, width {found.hidden_size}, {found.num_hidden_layers} layers",
         parameters=sum(p.numel() for p in parameters),
@@ -190,13 +193,14 @@ def shape_of(config: Config) -> Shape:
         weights=weights,
         adapters=_bytes(adapters),
         gradients=_bytes([*trainable, *head.parameters()]),
+        edge=_bytes([output]) if any(output is p for p in trainable) else 0,
         optimizer=optimizer_bytes(hidden, rest),
         layers=int(found.num_hidden_layers),
         width=int(found.hidden_size),
         kv_heads=int(getattr(found, "num_key_value_heads", None) or heads),
         head_size=int(getattr(found, "head_dim", None) or found.hidden_size // heads),
         heads=heads,
-        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        vocabulary=int(output.shape[0]),
         positions=int(getattr(found, "max_position_embeddings", 0) or 0),
         activation=activation,
     )
@@ -234,25 +238,38 @@ def optimizer_bytes(hidden: Sequence[Tensor], rest: Sequence[Tensor]) -> int:
 
 
 def activation_bytes(model: Any) -> int:
-    """Bytes that a forward of the trunk keeps per token for its backward, parameters left out, attention fused."""
+    """Bytes that a forward of the trunk keeps per token for its backward, parameters and what is made of them alone
+    left out, attention fused. The model is one without memory."""
     AttentionInterface.register(_ATTENTION, _counted_attention)
     model.set_attn_implementation(_ATTENTION)
+    return (_kept(model, 2 * _TRACED) - _kept(model, _TRACED)) // _TRACED
+
+
+def autocast_activation_bytes(found: Any, dtype: str) -> int:
+    """The same for a model of weights in `dtype` under bfloat16 autocast."""
+    with FakeTensorMode():  # autocast knows no meta tensors; these hold nothing either, and are said to be a CPU's
+        model = AutoModelForCausalLM.from_config(found, dtype=DTYPES[dtype])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return activation_bytes(model)
+
+
+def _kept(model: Any, count: int) -> int:
+    """Bytes that a forward of `count` tokens keeps beside the parameters."""
     parameters = {id(p) for p in model.parameters()}
-    kept: dict[tuple[int, ...], int] = {}
+    kept: dict[int, int] = {}
     alive: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
         if id(base) not in parameters and id(tensor) not in parameters:
             alive.append(base)  # so that no id is given twice
-            kept[(id(base),)] = base.numel() * base.element_size()
+            kept[id(base)] = base.numel() * base.element_size()
         return tensor
 
-    tokens = torch.zeros((1, _TRACED), dtype=torch.int64, device="meta")
-    positions = torch.zeros((1, _TRACED), dtype=torch.int64, device="meta")
+    tokens, positions = (torch.zeros((1, count), dtype=torch.int64, device=model.device) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    return sum(kept.values()) // _TRACED
+    return sum(kept.values())
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
