@@ -82,6 +82,7 @@ class Driver:
         self._flights: dict[int, tuple[_Live, int, int, bool]] = {}  # request: search, slot, reserved, cut
         self._done: list[SearchResult] = []
         self._cancelled: set[int] = set()
+        self._strategy: tuple[Strategy | None, dict[str, Any]] = (None, {})  # the last one, and its settings
 
     def __len__(self) -> int:
         """Searches submitted and not yet handed out."""
@@ -268,7 +269,7 @@ class Driver:
         return SearchResult(
             problem=search.problem,
             strategy=search.strategy.name,
-            settings=_settings(search, self.engine.name),
+            settings=self._settings_of(search),
             tree=tree,
             candidates=tuple(ctx.candidates),
             chosen=chosen,
@@ -283,6 +284,22 @@ class Driver:
             seconds=time.monotonic() - live.clock,
         )
 
+    def _settings_of(self, search: Search) -> Mapping[str, Any]:
+        """What determines the trace. The strategy's own settings are looked up once for the searches that share it."""
+        if self._strategy[0] is not search.strategy:
+            self._strategy = (search.strategy, settings_of(search.strategy))
+        return {
+            "budget": search.budget,
+            "temperature": search.temperature,
+            "top_p": search.top_p,
+            "prior_rule": str(search.prior_rule),
+            "check_steps": search.check_steps,
+            "learning": search.learning,
+            "engine": self.engine.name,
+            "strategy": self._strategy[1],
+            "value": {"name": search.value.name, **settings_of(search.value)},
+        }
+
 
 def _without_cut(live: _Live, reply: Reply) -> Reply:
     """The reply without the steps that the end of the budget cut short: they are no steps of the policy, and
@@ -294,17 +311,3 @@ def _without_cut(live: _Live, reply: Reply) -> Reply:
         else:
             kept.append(step)
     return replace(reply, steps=tuple(kept))
-
-
-def _settings(search: Search, engine: str) -> Mapping[str, Any]:
-    return {
-        "budget": search.budget,
-        "temperature": search.temperature,
-        "top_p": search.top_p,
-        "prior_rule": str(search.prior_rule),
-        "check_steps": search.check_steps,
-        "learning": search.learning,
-        "engine": engine,
-        "strategy": settings_of(search.strategy),
-        "value": {"name": search.value.name, **settings_of(search.value)},
-    }

@@ -22,7 +22,7 @@ from selfplay.executor import Learned
 from selfplay.fleet import Evaluated
 from selfplay.run_folder import RunFolder
 from selfplay.shards import shard_path
-from selfplay.worker import Unit, make_search, stream_seed, units_of
+from selfplay.worker import Unit, make_searches, stream_seed, units_of
 
 Clock = Callable[[], float]
 
@@ -51,7 +51,7 @@ def run_searches(
     """One search per problem, as a worker runs them."""
     driver = Driver(engine, subject.task, max_open=subject.config.play.open_searches)
     seeds = [stream_seed(subject.config.seed, "bench", problem.id) for problem in problems]
-    return list(driver.run(make_search(p, search, s, learning=True) for p, s in zip(problems, seeds, strict=True)))
+    return list(driver.run(make_searches(problems, search, seeds, learning=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from mcts.types import Problem
 from selfplay.config import Part, SearchConfig
 from selfplay.source import Source, find_source
 from selfplay.stats import auc
-from selfplay.worker import EvaluationJob, evaluate_problems, make_search, stream_seed
+from selfplay.worker import EvaluationJob, evaluate_problems, make_searches, stream_seed
 
 SAMPLER = "sampler"
 TEMPERATURES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5)
@@ -116,7 +116,8 @@ class Bench:
         whether a win is still possible from there (all are legal so far). At most `most` states a depth, those of the
         first problems by a fixed random order."""
         driver = Driver(self.engine, self.task, max_open=self.open_searches)
-        searches = [make_search(p, search, stream_seed(seed, "auc", p.id), learning=False) for p in problems]
+        seeds = [stream_seed(seed, "auc", p.id) for p in problems]
+        searches = make_searches(problems, search, seeds, learning=False)
         scores: dict[int, list[float]] = {}
         labels: dict[int, list[bool]] = {}
         owners: dict[int, list[str]] = {}

@@ -19,7 +19,7 @@ from mcts.waves import Outcome, Replies, Wave
 from selfplay.errors import UserError
 from selfplay.inspect import render_tree
 from selfplay.source import find_source, parse_search
-from selfplay.worker import make_search
+from selfplay.worker import make_searches
 
 
 class Watched:
@@ -79,7 +79,7 @@ def solve_problem(
     except TaskError as error:
         raise UserError(str(error)) from error  # what was typed, not what a search met
     settings = parse_search(strategy, budget, source.config.play.search, kind)
-    search = make_search(asked, settings, seed, learning=False)
+    (search,) = make_searches([asked], settings, [seed], learning=False)
     engine = source.load_engine(kind)
     console.print(f"[bold]{escape(problem)}[/bold]  {settings.strategy.name}, at most {budget} tokens", highlight=False)
     began = time.perf_counter()

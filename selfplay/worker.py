@@ -135,17 +135,22 @@ def make_engine(
     )
 
 
-def make_search(problem: Problem, settings: SearchConfig, seed: int, *, learning: bool) -> Search:
-    return Search(
-        problem=problem,
-        strategy=build_strategy(settings.strategy.name, **settings.strategy.settings),
-        budget=settings.budget,
-        seed=seed,
-        learning=learning,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        prior_rule=settings.prior_rule,
-    )
+def make_searches(
+    problems: Sequence[Problem], settings: SearchConfig, seeds: Sequence[int], *, learning: bool
+) -> Iterator[Search]:
+    """One search per problem; they share one strategy, which keeps nothing of a search."""
+    strategy = build_strategy(settings.strategy.name, **settings.strategy.settings)
+    for problem, seed in zip(problems, seeds, strict=True):
+        yield Search(
+            problem=problem,
+            strategy=strategy,
+            budget=settings.budget,
+            seed=seed,
+            learning=learning,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            prior_rule=settings.prior_rule,
+        )
 
 
 class Worker:
@@ -208,9 +213,8 @@ class Worker:
         return self._driver
 
     def _searches(self, unit: Unit) -> Iterator[Search]:
-        for problem in unit.problems:
-            seed = stream_seed(self.config.seed, unit.iteration, problem.id, 0)
-            yield make_search(problem, self.config.play.search, seed, learning=True)
+        seeds = [stream_seed(self.config.seed, unit.iteration, problem.id, 0) for problem in unit.problems]
+        return make_searches(unit.problems, self.config.play.search, seeds, learning=True)
 
     def record(self, work: Unit | EvaluationJob, reason: str) -> Played | list[Answered]:
         """The rows or answers that say that the problems could not be searched, without searching them."""
@@ -264,7 +268,8 @@ class Worker:
 
 def evaluation_searches(job: EvaluationJob) -> list[Search]:
     """One per problem; what each does depends on its problem alone, not on the others of the job."""
-    return [make_search(p, job.search, stream_seed(job.seed, "evaluate", p.id), learning=False) for p in job.problems]
+    seeds = [stream_seed(job.seed, "evaluate", problem.id) for problem in job.problems]
+    return list(make_searches(job.problems, job.search, seeds, learning=False))
 
 
 def evaluate_problems(engine: Any, task: Task, job: EvaluationJob, *, max_open: int) -> list[Answered]:

@@ -12,7 +12,7 @@ from mcts.engines.scripted import ScriptedEngine
 from mcts.search import Driver
 from mcts.types import Problem, Verdict
 from selfplay.config import Part, SearchConfig
-from selfplay.worker import EvaluationJob, evaluate_problems, make_search
+from selfplay.worker import EvaluationJob, evaluate_problems, make_searches
 from tests.mcts.toy import ToyTask, World, problem
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_gold_is_read_once_per_problem_after_the_choice(name: str) -> None:
 def test_gold_sees_the_chosen_answer_and_no_other(name: str) -> None:
     engine = World(seed=6, wins=0.5).engine()
     task = CountingTask(engine)
-    searches = [make_search(p, config(name), k, learning=False) for k, p in enumerate(PROBLEMS)]
+    searches = list(make_searches(PROBLEMS, config(name), range(len(PROBLEMS)), learning=False))
     results = list(Driver(engine, task, max_open=4).run(searches))
     assert sorted(task.calls) == sorted((r.problem.id, r.answer) for r in results if r.answer is not None)
 
