@@ -103,6 +103,7 @@ def stream_seed(*key: object) -> int:
 
 def free_memory(device: str) -> None:
     """Give back to the device what no longer has an owner."""
+    gc.unfreeze()  # see `make_engine`
     gc.collect()
     if device.startswith("cuda"):
         import torch
@@ -123,7 +124,7 @@ def make_engine(
 
     dtype = config.engine.dtype or config.model.dtype
     policy = load_policy(policy_folder, head=value_head, device=config.model.device, dtype=dtype)
-    return TorchEngine(
+    engine = TorchEngine(
         policy,
         delimiter=task.delimiter,
         rows=config.engine.rows,
@@ -133,6 +134,11 @@ def make_engine(
         version=version,
         fuse=config.engine.compile,
     )
+    # Searches make many objects, so that the collector runs often: it need not look at half a million old ones.
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    return engine
 
 
 def make_searches(
