@@ -45,6 +45,7 @@ class Codec:
         self._unknown = policy.tokenizer.unk_token_id
         self._backend = getattr(policy.tokenizer, "backend_tokenizer", None)
         """The Rust tokenizer, several times faster than the wrapper around it."""
+        self._encoder: Any = self._backend if _adds_nothing(type(policy.tokenizer)) else None
         self._texts: dict[bytes, str] = {}
         self.delimiter = delimiter
         ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
@@ -107,7 +108,7 @@ class Codec:
         """
         if isinstance(prompt, str):
             try:
-                ids = self._tokenizer(prompt)["input_ids"]
+                ids = self._plain(prompt)
             except Exception as error:
                 if type(error) is not Exception:  # what the tokenizers library raises for a word it does not know
                     raise
@@ -119,6 +120,13 @@ class Codec:
         if self._unknown is not None and self._unknown in ids:
             raise ValueError(f"the prompt {prompt!r} holds words that the tokenizer does not know")
         return np.asarray(ids, dtype=np.int32)
+
+    def _plain(self, prompt: str) -> list[int]:
+        """Token ids of a text, by the Rust tokenizer itself where the wrapper adds nothing."""
+        rust = self._encoder
+        direct = rust is not None and rust.truncation is None and rust.padding is None
+        ids: list[int] = rust.encode(prompt).ids if direct else self._tokenizer(prompt)["input_ids"]
+        return ids
 
     def _chat(self, prompt: Sequence[Message]) -> list[int]:
         from jinja2 import TemplateError
@@ -155,3 +163,11 @@ class Codec:
                 sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         return list(map(str, found))
+
+
+def _adds_nothing(kind: type) -> bool:
+    """Whether a kind of tokenizer leaves encoding to the Rust tokenizer as transformers' own wrapper does."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("__call__", "_encode_plus", "set_truncation_and_padding")
+    return all(getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in names)
