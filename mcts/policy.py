@@ -58,11 +58,19 @@ class Proposals:
         self._by_tokens: dict[tuple[int, bytes], int] = {}
         self._by_text: dict[tuple[int, str, str], int] = {}
         self._draws: dict[int, int] = {}
+        self._steps: dict[int, list[Step]] = {}
+        """Under `exact` the different token sequences drawn below a node, in order of their first draw."""
         self._drawn: dict[int, list[Drawn]] = {}
+        """The same as requests exclude them, as far as they were asked for."""
 
     def drawn(self, parent: int) -> tuple[Drawn, ...]:
         """Under the exact rule: every token sequence drawn below `parent` so far, in order of its first draw."""
-        return tuple(self._drawn.get(parent, ()))
+        steps = self._steps.get(parent)
+        if steps is None:
+            return ()
+        known = self._drawn.setdefault(parent, [])
+        known += [drawn_step(step) for step in steps[len(known) :]]
+        return tuple(known)
 
     def add(self, parent: int, step: Step) -> tuple[int, bool]:
         """The node of `step` below `parent`, and whether it is new."""
@@ -81,7 +89,7 @@ class Proposals:
                 tree.prior[node] = min(1.0, tree.prior[node] + probability)
             self._by_tokens[tokens_key] = node
             if self.rule is PriorRule.EXACT:
-                self._drawn.setdefault(parent, []).append(drawn_step(step))
+                self._steps.setdefault(parent, []).append(step)
         if not new:
             tree.draws[node] += 1
         if self.rule is PriorRule.DRAWS:
