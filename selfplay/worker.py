@@ -134,10 +134,11 @@ def make_engine(
         version=version,
         fuse=config.engine.compile,
     )
-    # Searches make many objects, so that the collector runs often: it need not look at half a million old ones.
+    # Searches make many objects and few cycles: the collector runs seldom, and not over half a million old objects.
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
     return engine
 
 
