@@ -101,10 +101,11 @@ class PrefixCache:
 
     def longest(self, tokens: Int32) -> Prefix | None:
         """The longest cached proper prefix of `tokens`; None where not even the prompt is cached."""
-        for length in sorted((end for end in self.ends if end < len(tokens)), reverse=True):
-            found = self.prefixes.get(tokens[:length].tobytes())
-            if found is not None:
-                return found
+        for length in sorted(self.ends, reverse=True):
+            if length < len(tokens):
+                found = self.prefixes.get(tokens[:length].tobytes())
+                if found is not None:
+                    return found
         return None
 
     def add(self, key: bytes, prefix: Prefix) -> None:

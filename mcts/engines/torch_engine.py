@@ -233,5 +233,5 @@ class TorchEngine:
     def _reply(active: Active) -> Reply:
         request, node = active.request, active.node
         assert node is not None
-        steps = tuple(step for step in active.steps if step is not None)
+        steps = tuple(filter(None, active.steps))
         return Reply(request, steps, node.value, active.prompt, len(request.prefix) - active.prompt)
