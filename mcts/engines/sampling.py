@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mcts import rng
 from mcts.engines.transfer import to_host
 from mcts.types import Float32
 
@@ -31,7 +30,7 @@ _NOISE = 1e-7
 """What rounding in float32 can leave of a probability from which all of it was taken away."""
 
 
-def _link(state: UInt64, word: UInt64) -> UInt64:
+def _link(state: UInt64 | np.uint64, word: UInt64) -> UInt64:
     """One link of the `rng.hash64` chain, elementwise."""
     state = (state ^ word) + _GOLDEN
     state = (state ^ (state >> np.uint64(30))) * _MIX1
@@ -43,7 +42,7 @@ def _link(state: UInt64, word: UInt64) -> UInt64:
 def stream_keys(seeds: Sequence[int], counts: Int64) -> UInt64:
     """Keys of the streams of samples 0 to counts[r] - 1 of every request r, one request after the other, uint64
     [sum(counts)]."""
-    states = np.array([rng.hash64(seed) for seed in seeds], dtype=np.uint64)
+    states = _link(_GOLDEN, np.array(seeds, dtype=np.uint64))  # `rng.hash64` of each
     before = np.cumsum(counts) - counts
     samples = np.arange(int(counts.sum())) - np.repeat(before, counts)
     return _link(np.repeat(states, counts), samples.astype(np.uint64))
