@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from mcts.tasks.base import Example, TaskError, TaskSettingError
 from mcts.tasks.numbers import OPERATION_SIGNS, REVERSED, Int64, NumberTable, number_table
-from mcts.tasks.plays import Float64, Reach, count_plays, moves
+from mcts.tasks.plays import Float64, Reach, chances, count_plays, moves
 from mcts.tasks.warmup import SYMBOLS, WarmupBatch, WarmupSettings, warmup_batches
 from mcts.types import Problem, Verdict
 from mcts.verify.exact import Rules, compose, judge_expression, judge_step, numbers_left, parse_number, unparsable
@@ -135,7 +136,14 @@ class ArithmeticTask(ABC):
     def warmup_batches(self, seed: int, plays: int = EXAMPLE_PLAYS) -> Iterator[WarmupBatch]:
         """The examples of `warmup(seed)` as arrays, `plays` * (1 + negatives) at a time."""
         sets = self.table.index(self.training_sets())
-        return warmup_batches(self.table, sets, self.warmup_settings, seed, plays)
+        share = self._chances if self.warmup_settings.balanced else None
+        return warmup_batches(self.table, sets, self.warmup_settings, seed, plays, share)
+
+    @cached_property
+    def _chances(self) -> Float64:
+        """Of the training sets: each learning phase asks, and five numbers take seconds."""
+        settings = self.warmup_settings
+        return chances(self.table, self.table.index(self.training_sets()), settings.target_low, settings.target_high)
 
     def warmup(self, seed: int) -> Iterator[Example]:
         """Random legal plays under the target that they reached, each followed by its negatives."""

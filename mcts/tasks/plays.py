@@ -18,6 +18,10 @@ from mcts.tasks.numbers import ILLEGAL, REVERSED, Int64, NumberTable
 Float64 = npt.NDArray[np.float64]
 ROWS = 1 << 14
 """States that are expanded together: a bound on memory, without influence on results."""
+SETS = 1 << 12
+"""Number sets that `chances` counts together; like SUMMED another such bound."""
+SUMMED = 1 << 8
+"""States whose moves it adds up together."""
 
 
 @cache
@@ -148,6 +152,48 @@ def count_plays(table: NumberTable, numbers: Int64, target_low: int, target_high
     expand(numbers, np.ones(len(numbers)), np.arange(len(numbers)))
     shape = len(numbers), width
     return Reach(target_low, share.reshape(shape), plays.astype(np.int64).reshape(shape))
+
+
+def chances(table: NumberTable, numbers: Int64, target_low: int, target_high: int) -> Float64:
+    """`count_plays(...).share` but for rounding, for many sets: each state that play comes to is counted once,
+    whatever the ways to it. Seconds for all 42,504 sets of five numbers from 1 to 20, where those take a minute."""
+    whole = np.append(table.whole, [-1, -1])  # ILLEGAL and UNWRITTEN read the appended entries
+
+    def of(states: Int64) -> Float64:
+        found = np.zeros((len(states), target_high - target_low + 1))
+        results = moves(table, states)[2]  # [B, O, P]
+        row, kind, pair = np.nonzero(results != ILLEGAL)
+        result = results[row, kind, pair]
+        if states.shape[1] == 2:
+            reached = whole[result]
+            hit = (reached >= target_low) & (reached <= target_high)
+            np.add.at(found, (row[hit], reached[hit] - target_low), 1.0)
+        else:
+            stay = states[row[:, None], _pairs(states.shape[1])[2][pair]]
+            distinct, which = _distinct(np.concatenate([stay, result[:, None]], axis=1))
+            after = of(distinct)
+            movable, first = np.unique(row, return_index=True)
+            first = np.append(first, len(row))
+            for start in range(0, len(movable), SUMMED):
+                ends = first[start : start + SUMMED + 1]
+                added = np.add.reduceat(after[which[ends[0] : ends[-1]]], ends[:-1] - ends[0], axis=0)
+                found[movable[start : start + SUMMED]] = added
+        return found / np.maximum(np.bincount(row, minlength=len(states)), 1)[:, None]
+
+    distinct, which = _distinct(numbers)
+    return np.concatenate([of(distinct[k : k + SETS]) for k in range(0, len(distinct), SETS)])[which]
+
+
+def _distinct(states: Int64) -> tuple[Int64, Int64]:
+    """The distinct multisets among rows [B, k], each ascending, in lexicographic order, and which one each row is."""
+    states = np.sort(states, axis=1)
+    order = np.lexsort(states.T[::-1])
+    ordered = states[order]
+    new = np.ones(len(states), dtype=np.bool_)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    which = np.empty(len(states), dtype=np.int64)
+    which[order] = np.cumsum(new) - 1
+    return ordered[new], which
 
 
 def sample_plays(

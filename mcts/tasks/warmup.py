@@ -13,7 +13,7 @@ import numpy as np
 
 from mcts.tasks.base import TaskSettingError
 from mcts.tasks.numbers import OPERATION_SIGNS, Bool, Int64, NumberTable
-from mcts.tasks.plays import Float64, Plays, count_plays, random_plays
+from mcts.tasks.plays import Float64, Plays, random_plays
 from mcts.types import Float32, Int32
 
 SYMBOLS = ("+", "-", "*", "/", "=", "|", ";", "->", ":")
@@ -64,31 +64,32 @@ def columns(count: int) -> tuple[int, Int32]:
 
 
 def warmup_batches(
-    table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int, plays: int
+    table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int, plays: int, share: Float64 | None = None
 ) -> Iterator[WarmupBatch]:
     """Endless batches of `plays` * (1 + negatives) examples: each play, then its negatives. The examples are a
     function of `seed`, whatever the batch size.
 
-    sets: number indices int64 [S, n] to play from, all equally likely. Raises TaskSettingError where random play does
-    not reach the targets.
+    sets: number indices int64 [S, n] to play from, all equally likely. share: `plays.chances` of them where
+    `settings.balanced`, else None. Raises TaskSettingError where random play does not reach the targets.
     """
     _, ends = columns(sets.shape[1])
     rows = plays * (1 + settings.negatives)
     words = np.empty((0, ends[-1] + 1), dtype=np.int32)
     imitate = np.arange(rows) % (1 + settings.negatives) == 0
     values = np.repeat(imitate[:, None], len(ends), axis=1).astype(np.float32)
-    for chunk in _chunks(table, sets, settings, seed):
+    for chunk in _chunks(table, sets, settings, seed, share):
         words = np.concatenate([words, chunk])
         while len(words) >= rows:
             yield WarmupBatch(words[:rows].copy(), ends, values.copy(), imitate.copy())
             words = words[rows:]
 
 
-def _chunks(table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int) -> Iterator[Int32]:
+def _chunks(
+    table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int, share: Float64 | None
+) -> Iterator[Int32]:
     """Word rows [any, L]: each play, then its negatives."""
     random = np.random.default_rng(seed)
     empty = 0
-    share = count_plays(table, sets, settings.target_low, settings.target_high).share if settings.balanced else None
     keep = None if share is None else _keeping(share)
     focus = settings.focus if settings.focus_share > 0 else None
     odds = None if share is None or focus is None else _odds(share[:, focus - settings.target_low], focus)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mcts.tasks import TaskError, load_task
+from mcts.tasks import TaskError, arithmetic, load_task, plays
 from mcts.tasks.countdown import SPLITS, Countdown
-from mcts.tasks.numbers import UNWRITTEN
-from mcts.tasks.plays import count_plays, random_plays, sample_plays
+from mcts.tasks.numbers import UNWRITTEN, Int64, NumberTable
+from mcts.tasks.plays import Float64, chances, count_plays, random_plays, sample_plays
 from mcts.tasks.warmup import columns
 from mcts.types import Problem, Status
 
@@ -91,6 +91,49 @@ def test_shares_are_the_frequencies_of_random_play(task: Countdown) -> None:
     error = np.sqrt(exact * (1 - exact) / 4000)
     # 270 cells, 5 standard errors: a false alarm in about 1 of 5,000 seeds
     assert (np.abs(drawn - exact) <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sets"),
+    [
+        ({}, None),
+        ({"numbers": 4}, 300),
+        ({"numbers": 5, "max_value": 199}, 100),
+        ({"low": 20, "high": 60, "max_value": 99}, 2000),  # most sums and products are above the limit
+    ],
+)
+def test_chances_are_the_shares_of_the_plain_count(
+    settings: dict[str, int], sets: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Countdown(**settings)  # type: ignore[arg-type]
+    rows = np.random.default_rng(0).permuted(task.table.index(task.training_sets()[:sets]), axis=1)
+    rows = np.concatenate([rows, rows[:5]])  # the same set twice
+    plain = count_plays(task.table, rows, 10, 99).share
+    found = chances(task.table, rows, 10, 99)
+    np.testing.assert_array_equal(found > 0, plain > 0)
+    np.testing.assert_allclose(found, plain, rtol=1e-12)
+    monkeypatch.setattr(plays, "SETS", 37)
+    monkeypatch.setattr(plays, "SUMMED", 3)
+    np.testing.assert_array_equal(chances(task.table, rows, 10, 99), found)
+
+
+def test_balanced_warm_up_counts_once_and_stays_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(table: NumberTable, numbers: Int64, low: int, high: int) -> Float64:
+        asked.append(len(numbers))
+        return chances(table, numbers, low, high)
+
+    monkeypatch.setattr(arithmetic, "chances", counted)
+    task = Countdown(balanced=True)
+    first = list(itertools.islice(task.warmup(3), 2000))
+    assert asked == [1220]
+    list(itertools.islice(task.warmup(4), 10))
+    assert list(itertools.islice(task.warmup(3), 2000)) == first
+    assert asked == [1220]
+    assert list(itertools.islice(Countdown(balanced=True).warmup(3), 2000)) == first
+    next(Countdown().warmup(3))
+    assert asked == [1220, 1220]
 
 
 @pytest.mark.parametrize("settings", [{}, {"numbers": 4, "train_sets": 100}, {"numbers": 6, "train_sets": 8}])
