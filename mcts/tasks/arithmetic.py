@@ -136,7 +136,7 @@ class ArithmeticTask(ABC):
     def warmup_batches(self, seed: int, plays: int = EXAMPLE_PLAYS) -> Iterator[WarmupBatch]:
         """The examples of `warmup(seed)` as arrays, `plays` * (1 + negatives) at a time."""
         sets = self.table.index(self.training_sets())
-        share = self._chances if self.warmup_settings.balanced else None
+        share = self._chances if self.warmup_settings.counted else None
         return warmup_batches(self.table, sets, self.warmup_settings, seed, plays, share)
 
     @cached_property
@@ -150,14 +150,13 @@ class ArithmeticTask(ABC):
         for batch in self.warmup_batches(seed):
             stops = (batch.ends + 1).tolist()
             spans = list(pairwise(stops))
-            lost, won = (0.0,) * len(stops), (1.0,) * len(stops)
             rows: list[list[str]] = self._words[batch.words].tolist()
-            for words, imitate in zip(rows, batch.imitate.tolist(), strict=True):
+            for words, values, imitate in zip(rows, batch.values.tolist(), batch.imitate.tolist(), strict=True):
                 numbers = list(map(int, words[: self.count]))
                 yield Example(
                     problem=self.problem(numbers, int(words[self.count + 1])),
                     steps=tuple([" ".join(words[a:b]) for a, b in spans]),
-                    values=won if imitate else lost,
+                    values=tuple(values),
                     imitate=imitate,
                 )
 

@@ -57,6 +57,7 @@ class Countdown(ArithmeticTask):
         negatives: int = 1,
         larger_first: bool = True,
         balanced: bool = False,
+        exact_values: bool = False,
         seed: int = 0,
     ) -> None:
         name = "countdown"
@@ -71,7 +72,7 @@ class Countdown(ArithmeticTask):
         whole_number(name, "dev_sets", dev_sets, 0, MAX_SETS)
         whole_number(name, "train_sets", train_sets, 1, MAX_SETS)
         whole_number(name, "negatives", negatives, 0, 64)
-        yes_or_no(name, larger_first=larger_first, balanced=balanced)
+        yes_or_no(name, larger_first=larger_first, balanced=balanced, exact_values=exact_values)
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         self._limits = {"train": train_problems, "dev": dev_problems, "heldout": heldout_problems}
         for split, limit in self._limits.items():
@@ -85,7 +86,9 @@ class Countdown(ArithmeticTask):
             high=most,
             rules=rules,
             answer_rules=rules,
-            warmup=WarmupSettings(target_low, target_high, negatives, larger_first, balanced=balanced),
+            warmup=WarmupSettings(
+                target_low, target_high, negatives, larger_first, balanced=balanced, exact_values=exact_values
+            ),
         )
         self._seed = seed
         self._train_sets = train_sets

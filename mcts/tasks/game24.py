@@ -63,6 +63,7 @@ class Game24(ArithmeticTask):
         warmup_target_high: int = 99,
         warmup_share: float = 0.0,
         balanced: bool = False,
+        exact_values: bool = False,
         negatives: int = 1,
         larger_first: bool = True,
         seed: int = 0,
@@ -72,7 +73,8 @@ class Game24(ArithmeticTask):
         train_high: largest number in training; above 13 its further sets are puzzles of their own, without a rank.
         extra_target_*: train also on every reachable target of this range (None: on `target` alone).
         warmup_share: share of warm-up plays that end at `target`, up to .5; 0: as random play has it.
-        balanced: warm up on hard and easy problems about equally often (see WarmupSettings)."""
+        balanced: warm up on hard and easy problems about equally often; exact_values: label negatives by what can still
+        be reached (see WarmupSettings)."""
         name = "game24"
         whole_number(name, "max_value", max_value, HIGH, 2000)
         whole_number(name, "max_numerator", max_numerator, 0, 2000)
@@ -85,7 +87,7 @@ class Game24(ArithmeticTask):
         whole_number(name, "dev_sets", dev_sets, 0, 2000)
         whole_number(name, "train_high", train_high, HIGH, 50)
         whole_number(name, "negatives", negatives, 0, 64)
-        yes_or_no(name, larger_first=larger_first, balanced=balanced)
+        yes_or_no(name, larger_first=larger_first, balanced=balanced, exact_values=exact_values)
         whole_number(name, "seed", seed, 0, 2**63 - 1)
         if train_problems is not None:
             whole_number(name, "train_problems", train_problems, 1, 10**9)
@@ -106,7 +108,14 @@ class Game24(ArithmeticTask):
             rules=Rules(max_value, max_numerator, max_denominator, zero=True),
             answer_rules=None,
             warmup=WarmupSettings(
-                warmup_target_low, warmup_target_high, negatives, larger_first, target, float(warmup_share), balanced
+                warmup_target_low,
+                warmup_target_high,
+                negatives,
+                larger_first,
+                target,
+                float(warmup_share),
+                balanced,
+                exact_values,
             ),
         )
         self.target = target

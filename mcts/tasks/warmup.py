@@ -7,13 +7,13 @@ target. No model token is spent, and nothing is looked up in a solution: the rul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mcts.tasks.base import TaskSettingError
 from mcts.tasks.numbers import OPERATION_SIGNS, Bool, Int64, NumberTable
-from mcts.tasks.plays import Float64, Plays, random_plays
+from mcts.tasks.plays import Float64, Plays, chances, random_plays
 from mcts.types import Float32, Int32
 
 SYMBOLS = ("+", "-", "*", "/", "=", "|", ";", "->", ":")
@@ -29,7 +29,7 @@ class WarmupBatch:
 
     words: Int32  # [B, L] indices into the task's vocabulary()
     ends: Int32  # [n] column of the last word of the prompt and of each step; EOS would follow column L - 1
-    values: Float32  # [B, n] value labels in [0, 1], at `ends`
+    values: Float32  # [B, n] value labels in [0, 1], at `ends`; 1 throughout where `imitate`
     imitate: Bool  # [B] False: a negative, the policy does not learn from it
 
     def __len__(self) -> int:
@@ -54,6 +54,13 @@ class WarmupSettings:
     balanced: bool = False
     """Every problem (number set and target that it can reach) about equally often, instead of as often as random play
     reaches it: plays are kept with a chance inverse to that rate, down to a rate that one problem in ten is below."""
+    exact_values: bool = False
+    """Label a negative's states by whether any play reaches its target from there, instead of as lost throughout."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether the plays of every set must be counted."""
+        return self.balanced or self.exact_values
 
 
 def columns(count: int) -> tuple[int, Int32]:
@@ -69,37 +76,39 @@ def warmup_batches(
     """Endless batches of `plays` * (1 + negatives) examples: each play, then its negatives. The examples are a
     function of `seed`, whatever the batch size.
 
-    sets: number indices int64 [S, n] to play from, all equally likely. share: `plays.chances` of them where
-    `settings.balanced`, else None. Raises TaskSettingError where random play does not reach the targets.
+    sets: number indices int64 [S, n] to play from, all equally likely. share: `plays.chances` of them, where
+    `settings.counted`. Raises TaskSettingError where random play does not reach the targets.
     """
     _, ends = columns(sets.shape[1])
     rows = plays * (1 + settings.negatives)
     words = np.empty((0, ends[-1] + 1), dtype=np.int32)
+    values = np.empty((0, len(ends)), dtype=np.float32)
     imitate = np.arange(rows) % (1 + settings.negatives) == 0
-    values = np.repeat(imitate[:, None], len(ends), axis=1).astype(np.float32)
-    for chunk in _chunks(table, sets, settings, seed, share):
-        words = np.concatenate([words, chunk])
+    for chunk, labels in _chunks(table, sets, settings, seed, share):
+        words, values = np.concatenate([words, chunk]), np.concatenate([values, labels])
         while len(words) >= rows:
-            yield WarmupBatch(words[:rows].copy(), ends, values.copy(), imitate.copy())
-            words = words[rows:]
+            yield WarmupBatch(words[:rows].copy(), ends, values[:rows].copy(), imitate.copy())
+            words, values = words[rows:], values[rows:]
 
 
 def _chunks(
     table: NumberTable, sets: Int64, settings: WarmupSettings, seed: int, share: Float64 | None
-) -> Iterator[Int32]:
-    """Word rows [any, L]: each play, then its negatives."""
+) -> Iterator[tuple[Int32, Float32]]:
+    """Word rows [any, L] and their value labels [any, n]: each play, then its negatives."""
     random = np.random.default_rng(seed)
     empty = 0
-    keep = None if share is None else _keeping(share)
+    keep = _keeping(share) if share is not None and settings.balanced else None
     focus = settings.focus if settings.focus_share > 0 else None
-    odds = None if share is None or focus is None else _odds(share[:, focus - settings.target_low], focus)
+    odds = None
+    if share is not None and keep is not None and focus is not None:
+        odds = _odds(share[:, focus - settings.target_low], focus)
     while True:
         if keep is not None and odds is not None:
             plays, reached = _balanced_and_focused(table, sets, settings, random, keep, odds)
         else:
-            plays, reached, origin = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK))
+            plays, reached = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK))
             if keep is not None:
-                kept = _kept(keep, origin, reached - settings.target_low, random)
+                kept = _kept(keep, plays.rows, reached - settings.target_low, random)
                 plays, reached = plays.keep(kept), reached[kept]
             if focus is not None:
                 kept = _focused(reached == focus, settings.focus_share)
@@ -113,18 +122,18 @@ def _chunks(
                 )
             continue
         empty = 0
-        yield _with_negatives(table, plays, reached, settings, random)
+        yield _with_negatives(table, plays, reached, settings, random, share if settings.exact_values else None)
 
 
 def _usable(
     table: NumberTable, sets: Int64, settings: WarmupSettings, random: np.random.Generator, origin: Int64
-) -> tuple[Plays, Int64, Int64]:
-    """A random play from each of the sets `origin`: those that end at a target, the targets, and their sets."""
+) -> tuple[Plays, Int64]:
+    """A random play from each of the sets `origin`: those that end at a target (rows: their sets), and the targets."""
     plays = random_plays(table, random.permuted(sets[origin], axis=1), random)
     # UNWRITTEN is negative and reads the appended entry.
     reached = np.append(table.whole, -1)[np.maximum(plays.reached, -1)]
     wanted = np.flatnonzero((reached >= settings.target_low) & (reached <= settings.target_high))
-    return plays.keep(wanted), reached[wanted], origin[plays.rows[wanted]]
+    return replace(plays, rows=origin[plays.rows]).keep(wanted), reached[wanted]
 
 
 def _rare(share: Float64) -> float:
@@ -167,10 +176,10 @@ def _balanced_and_focused(
     they are frequent.
     """
     origin = np.searchsorted(odds, random.random(CHUNK) * odds[-1], side="right")
-    plays, reached, _ = _usable(table, sets, settings, random, origin)
+    plays, reached = _usable(table, sets, settings, random, origin)
     hits = np.flatnonzero(reached == settings.focus)
-    others, other, origin = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK // 4))
-    kept = _kept(keep, origin, other - settings.target_low, random)
+    others, other = _usable(table, sets, settings, random, random.integers(len(sets), size=CHUNK // 4))
+    kept = _kept(keep, others.rows, other - settings.target_low, random)
     kept = kept[other[kept] != settings.focus]
     ratio = (1.0 - settings.focus_share) / settings.focus_share
     hits = hits[: int(len(kept) / ratio)]
@@ -186,22 +195,35 @@ def _focused(hit: Bool, share: float) -> Int64:
 
 
 def _with_negatives(
-    table: NumberTable, plays: Plays, reached: Int64, settings: WarmupSettings, random: np.random.Generator
-) -> Int32:
+    table: NumberTable,
+    plays: Plays,
+    reached: Int64,
+    settings: WarmupSettings,
+    random: np.random.Generator,
+    share: Float64 | None,
+) -> tuple[Int32, Float32]:
+    """The word rows of plays and their negatives, and the value labels; exact ones with the `share` of all sets."""
     words = _words(table, plays, settings, random)
+    values = np.zeros((len(words), 1 + settings.negatives, len(plays.after) + 1), dtype=np.float32)
+    values[:, 0] = 1.0
     if settings.negatives == 0:
-        return words
+        return words, values[:, 0]
     shape = len(reached), settings.negatives
     other = random.integers(settings.target_low, settings.target_high, size=shape)
     other += other >= reached[:, None]  # uniform over the targets but the one reached
     if settings.focus is not None and settings.focus_share > 0:
-        chance = settings.focus_share / (1 - settings.focus_share)
-        turned = (random.random(shape) < chance) & (reached[:, None] != settings.focus)
+        turn = settings.focus_share / (1 - settings.focus_share)
+        turned = (random.random(shape) < turn) & (reached[:, None] != settings.focus)
         other[turned] = settings.focus
+    if share is not None:
+        low, high = settings.target_low, settings.target_high
+        chance = [share[plays.rows], *(chances(table, states, low, high) for states in plays.after[:-1])]
+        for k, found in enumerate(chance):
+            values[:, 1:, k] = np.take_along_axis(found, other - low, axis=1) > 0
     targets = np.concatenate([reached[:, None], other], axis=1).ravel()
     words = np.repeat(words, 1 + settings.negatives, axis=0)
     words[:, plays.numbers.shape[1] + 1] = table.index(targets)
-    return words
+    return words, values.reshape(len(words), -1)
 
 
 def _words(table: NumberTable, plays: Plays, settings: WarmupSettings, random: np.random.Generator) -> Int32:

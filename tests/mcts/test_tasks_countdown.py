@@ -136,6 +136,19 @@ def test_balanced_warm_up_counts_once_and_stays_a_function_of_the_seed(monkeypat
     assert asked == [1220, 1220]
 
 
+@pytest.mark.parametrize("settings", [{}, {"balanced": True, "negatives": 2}, {"numbers": 4, "train_sets": 100}])
+def test_exact_values_say_what_can_still_be_reached(settings: dict[str, int]) -> None:
+    exact = Countdown(**settings, exact_values=True)  # type: ignore[arg-type]
+    plain = Countdown(**settings)  # type: ignore[arg-type]
+    saved = 0
+    for example, other in itertools.islice(zip(exact.warmup(1), plain.warmup(1), strict=True), 600):
+        assert (example.problem, example.steps, example.imitate) == (other.problem, other.steps, other.imitate)
+        reachable = [exact.winning_share(example.problem, example.steps[:k]) > 0.0 for k in range(exact.count)]
+        assert example.values == tuple(map(float, reachable))
+        saved += example.values != other.values
+    assert saved > 20  # a random target is not always out of reach
+
+
 @pytest.mark.parametrize("settings", [{}, {"numbers": 4, "train_sets": 100}, {"numbers": 6, "train_sets": 8}])
 def test_no_set_is_in_two_splits_in_any_order_or_under_any_target(settings: dict[str, int]) -> None:
     task = Countdown(**settings, heldout_sets=32, dev_sets=16)  # type: ignore[arg-type]
@@ -322,6 +335,7 @@ def test_read_refuses_what_the_vocabulary_cannot_say(task: Countdown, text: str)
     [
         ({"train_high": 19}, "train_high must be a whole number from 20"),
         ({"balanced": "maybe"}, "balanced must be true or false, not 'maybe'"),
+        ({"exact_values": 1}, "exact_values must be true or false, not 1"),
         ({"numbers": 2}, "numbers must be a whole number from 3 to 6, not 2"),
         ({"numbers": "3"}, "numbers must be"),
         ({"numbers": True}, "numbers must be"),

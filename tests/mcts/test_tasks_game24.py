@@ -215,6 +215,17 @@ def test_balanced_warm_up_sees_hard_puzzles_as_often_as_easy_ones() -> None:
     assert 0.4 < rare_share(Game24(warmup_share=0.5, balanced=True)) < 0.5
 
 
+def test_exact_values_say_what_can_still_be_reached() -> None:
+    task = Game24(warmup_share=0.5, balanced=True, exact_values=True)
+    labels: Counter[tuple[bool, int]] = Counter()
+    for example in itertools.islice(task.warmup(1), 300):
+        reachable = [task.winning_share(example.problem, example.steps[:k]) > 0.0 for k in range(4)]
+        assert example.values == tuple(map(float, reachable))
+        labels[example.imitate, sum(reachable)] += 1
+    assert labels[True, 4] == 150
+    assert min(labels[False, k] for k in (0, 1, 2)) > 5
+
+
 HEADER = "Rank,Puzzles,other\n"
 
 
