@@ -43,7 +43,7 @@ GRIDS: dict[str, tuple[dict[str, Any], dict[str, Sequence[Any]]]] = {
     SAMPLER: ({"name": "best_of_n", "n": 0, "until_win": True}, {"temperature": TEMPERATURES}),
     "mcts": (
         {"name": "mcts", "commit": "never", "simulations": 0, "expand": 1, "fpu_reduction": 0.0},
-        {"c_init": (0.05, 0.1, 0.3, 1.25), "temperature": (0.65, 1.0)},
+        {"c_init": (0.005, 0.02, 0.05, 0.1, 0.3), "temperature": (0.65, 1.0)},
     ),
     "gumbel": (
         {"name": "gumbel", "commit": "never", "expand": 1},
