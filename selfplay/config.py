@@ -199,6 +199,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_for_a_gpu(self) -> Config:
+        if self.engine.compile and self.model.device == "cpu":
+            raise ValueError("engine.compile fuses kernels of a GPU: set model.device: cuda, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _a_server_serves_one_version(self) -> Config:
         if self.engine.kind == "server" and self.play.max_staleness:
             raise ValueError(

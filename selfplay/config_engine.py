@@ -81,4 +81,8 @@ class EngineConfig(Section):
     def _server_is_named(self) -> EngineConfig:
         if (self.kind == "server") != (self.server is not None):
             raise ValueError("engine.kind: server and an engine.server section belong together; add or remove one")
+        if self.kind == "server" and (self.dtype or self.compile):
+            raise ValueError(
+                "engine.dtype and engine.compile are for kind: torch: a server has its own; leave them out"
+            )
         return self

@@ -15,6 +15,7 @@ them.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ from transformers.masking_utils import sdpa_mask
 from mcts.engines.model import Policy, cache_name
 from mcts.engines.torch_fuse import Fusion
 from mcts.engines.torch_graphs import DecodeGraphs, can_capture
+
+log = logging.getLogger(__name__)
 
 ATTENTION = "mcts_rows"
 Index = npt.NDArray[np.int64]
@@ -195,7 +198,13 @@ class Forward:
         self._roomy = 0
         self.graphs: DecodeGraphs | None = None
         """Captured forwards; None: they are launched kernel by kernel."""
-        if self.fixed and can_capture(policy):
+        if self.fixed and not can_capture(policy):
+            log.warning(
+                "the angles of %s depend on the longest position of a forward: its forwards are launched kernel by "
+                "kernel, several times slower than captured ones",
+                type(policy.model).__name__,
+            )
+        elif self.fixed:
             width = int(policy.model.config.hidden_size)
             fusion = Fusion(policy) if fuse else None
             self.graphs = DecodeGraphs(self._decode, like.detach().new_empty((rows, width)), fusion)

@@ -47,6 +47,14 @@ def test_a_rule_about_a_whole_section_does_not_print_the_section() -> None:
         parse_config(MINIMAL, ["cluster.by_turns=true", "play.max_staleness=1"])
 
 
+def test_what_only_a_gpu_or_only_the_torch_engine_can_do_is_refused_elsewhere() -> None:
+    with pytest.raises(ConfigError, match=r"^config: engine.compile fuses kernels of a GPU: .* leave it out$"):
+        parse_config(MINIMAL, ["engine.compile=true"])
+    assert parse_config(MINIMAL, ["engine.compile=true", "model.device=cuda"]).engine.compile
+    with pytest.raises(ConfigError, match=r"engine.dtype and engine.compile are for kind: torch"):
+        parse_config(MINIMAL, ["engine={kind: server, server: {url: x, model: m}, dtype: bfloat16}"])
+
+
 def test_a_missing_section_is_named() -> None:
     with pytest.raises(ConfigError, match=r"play is missing; add it"):
         parse_config("task: {name: countdown}")
