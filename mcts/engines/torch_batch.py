@@ -40,10 +40,6 @@ from mcts.types import Float32, Int32, Step
 
 CHUNK = 64
 """Tokens of a prefill chunk."""
-_CHUNKS = 4
-"""Most chunks in one prefill forward on a CPU."""
-_CHUNKS_GPU = 32
-"""The same on a GPU, where few tokens take as long as many."""
 _STARTS = 32
 """Most requests whose first tokens are drawn by one product."""
 
@@ -72,13 +68,7 @@ class Batch:
             self._forward = Forward(policy, *shape, rows, pool.size, context, fuse=fuse)
             torch_probe.check_equal(policy, self._forward, rows, expected)
             self._drawer = Drawer(policy, rows, _STARTS, self._forward.graphs)
-            if policy.device.type == "cpu":
-                self._sizes, self.steady = torch_probe.equal_sizes(policy, self._forward, context)
-                few = min(_CHUNKS, rows)
-                self._chunks = torch_probe.equal_chunks(policy, self._forward, CHUNK, few) if context > 2 * CHUNK else 1
-            else:  # equal bits are promised on CPUs alone
-                self._sizes, self.steady = torch_probe.doubled(rows), False
-                self._chunks = min(_CHUNKS_GPU, rows)
+            self._sizes, self._chunks, self.steady = torch_probe.shapes(policy, self._forward, CHUNK, context)
         self._enough = 1 if policy.device.type == "cpu" else max(1, rows // 16)
         """Free rows for which first tokens are drawn; on a GPU a few take as long as many."""
 

@@ -45,7 +45,7 @@ class Drawer:
         self, logits: Tensor | None, uniform: Float64, temperature: Float32, top_p: Float32, removed: Removed | None
     ) -> Draws:
         """The next token of each of k rows."""
-        if self._next is not None and removed is None and bool((top_p >= 1.0).all()):
+        if self._next is not None and _common(top_p, removed):
             return self._next.run(uniform, temperature)
         if logits is None:
             assert self._hidden is not None
@@ -65,7 +65,7 @@ class Drawer:
         for (uniform, temperature, top_p), removed in settings:
             mine = owner[at : at + len(uniform)]
             at += len(uniform)
-            if self._first is not None and removed is None and bool((top_p >= 1.0).all()):
+            if self._first is not None and _common(top_p, removed):
                 found.append(self._first.run(uniform, temperature, mine))
                 continue
             if logits is None:
@@ -73,6 +73,11 @@ class Drawer:
             chosen = logits.index_select(0, torch.from_numpy(mine).to(logits.device))
             found.append(draw(chosen, uniform, temperature, top_p, removed))
         return found
+
+
+def _common(top_p: Float32, removed: Removed | None) -> bool:
+    """Whether draws are of the kind that is captured."""
+    return removed is None and bool((top_p >= 1.0).all())
 
 
 class _Captured:

@@ -13,6 +13,8 @@ from mcts.engines.model import Policy, cache_name
 from mcts.engines.torch_forward import ATTENTION, Forward
 
 _TOKENS = 12
+_CHUNKS, _CHUNKS_GPU = 4, 32
+"""Most chunks in one prefill forward on a CPU, and on a GPU."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
 _WHY = "the torch engine serves decoders with full causal attention only; use the server engine for this model"
 
@@ -74,6 +76,17 @@ def row_ladder(rows: int) -> list[int]:
     """Row counts worth having beside `rows`: 16, 32, 48, 64, 96, ... in ascending order, `rows` last."""
     sizes = sorted({16 << i for i in range(16)} | {48 << i for i in range(16)})
     return [size for size in sizes if size < rows] + [rows]
+
+
+def shapes(policy: Policy, forward: Forward, chunk: int, context: int) -> tuple[list[int], int, bool]:
+    """(row counts of a decode, most chunks of `chunk` tokens in one prefill, whether bits are steady: `equal_sizes`).
+    Equal bits are promised on CPUs alone; on a GPU few tokens take as long as many."""
+    rows = forward.cache.num_rows
+    if policy.device.type != "cpu":
+        return doubled(rows), min(_CHUNKS_GPU, rows), False
+    sizes, steady = equal_sizes(policy, forward, context)
+    few = min(_CHUNKS, rows)
+    return sizes, equal_chunks(policy, forward, chunk, few) if context > 2 * chunk else 1, steady
 
 
 def doubled(rows: int) -> list[int]:

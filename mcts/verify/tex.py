@@ -65,19 +65,11 @@ def split(text: str, pattern: re.Pattern[str]) -> list[str]:
                 pieces += [text[start:position], match[0]]
                 start = position = match.end()
                 continue
-        character = text[position]
-        if character == "\\":
-            if text[position + 1 : position + 2] in ("{", "}"):
-                depth += 1 if text[position + 1] == "{" else -1
-            position += 2
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
+        size, change = _bracket(text, position)
+        depth += change
         if depth < 0:
             raise Unreadable("a bracket closes that was not opened")
-        position += 1
+        position += size
     if depth != 0:
         raise Unreadable("a bracket is not closed")
     return [*pieces, text[start:]]
@@ -88,22 +80,17 @@ def matching(text: str, start: int) -> int:
     depth = 0
     position = start
     while position < len(text):
-        character = text[position]
-        if character == "\\":
-            escaped = text[position + 1 : position + 2]
-            if escaped == "{":
-                depth += 1
-            elif escaped == "}":
-                depth -= 1
-                if depth == 0:
-                    return position + 1
-            position += 2
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
+        size, change = _bracket(text, position)
+        depth += change
+        position += size
+        if change < 0 and depth == 0:
+            return position - 1
     return -1
+
+
+def _bracket(text: str, position: int) -> tuple[int, int]:
+    """(characters, change of depth) of what stands at `position`: a bracket, an escaped character, or any other."""
+    character = text[position]
+    if character == "\\":
+        return 2, {"{": 1, "}": -1}.get(text[position + 1 : position + 2], 0)
+    return 1, (character in "([{") - (character in ")]}")
