@@ -134,6 +134,7 @@ def config_of(arguments: argparse.Namespace, model: Path) -> Config:
             f"model.device={arguments.device}",
             f"task.path={arguments.data}",
             f"engine.rows={arguments.rows}",
+            f"engine.compile={str(arguments.device != 'cpu').lower()}",
             f"play.open_searches={arguments.rows}",
             f"play.problems={arguments.problems}",
             "play.search.temperature=1.0",
