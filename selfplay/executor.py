@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from mcts.engines.model import check_folder
+from mcts.engines.model import check_device, check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
@@ -231,6 +231,8 @@ def check_parts(config: Config) -> None:
             "a server does not say how likely its draws were under another temperature or top_p, and importance ratios "
             "need it: set play.search.temperature and top_p to 1, or the objective's importance to none"
         )
+    if config.cluster.executor == "inline":  # others know of their own devices
+        check_device(config.model.device)
     if config.model.path is not None:
         check_folder(config.model.path, config.engine.max_context)
     else:

@@ -139,6 +139,12 @@ def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | No
     return folder, beside if beside.is_file() else None
 
 
+def check_device(device: str) -> None:
+    """Raise ModelError where `device` is not on this machine."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
+
+
 def check_folder(path: str | Path, context: int | None = None) -> None:
     """Raise ModelError where `path` is no model (folder, or name in the local cache) with a tokenizer, or where it
     cannot read `context` tokens. Loads nothing big."""
@@ -193,8 +199,7 @@ def load_policy(
     logging.disable_progress_bar()  # progress is the caller's to show
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
+    check_device(device)
     folder, head_file = _folders(path, head)
     if (folder / "config.json").is_file():
         model, tokenizer = _load(folder, dtype, attn)

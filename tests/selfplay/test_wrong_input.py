@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from selfplay import cli
 from selfplay.run_folder import RunError, read_metrics
@@ -265,3 +266,11 @@ def test_a_cluster_that_is_not_there_is_said_at_once_and_leaves_no_run(tmp_path:
         assert code == 1
         assert "nothing answers at 127.0.0.1:1 " in error
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_here_is_told_before_anything_is_written(told: Told, config: Path, tmp_path: Path) -> None:
+    code, line = told("launch", config, "--run-dir", tmp_path / "r", "model.device=cuda", "cluster.executor=inline")
+    assert code == 2
+    assert "there is no GPU here: use device: cpu" in line
+    assert not (tmp_path / "r").exists()
