@@ -27,11 +27,12 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from selfplay.errors import SettingError, known_errors
+        from selfplay.errors import SettingError, known_errors, out_of_memory
 
-        if not isinstance(error, known_errors()):
+        said = str(error) if isinstance(error, known_errors()) else out_of_memory(error)
+        if not said:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(USAGE if isinstance(error, SettingError) else 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,6 +64,7 @@ class ModelConfig(Section):
     fresh: dict[str, Any] = Field(default_factory=lambda: {"width": 96, "layers": 3, "heads": 4})
     """Architecture of a fresh Llama: width, layers, heads, intermediate, tie_embeddings."""
     device: str = "cpu"
+    """cpu, or an accelerator by torch's name, with a number where one of several is meant (cuda:1)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     """Attention of the learner's forwards, by transformers' name; the engine brings its own. flash_attention_2 takes no
@@ -78,6 +80,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
+        if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:[0-9]+)?", self.device):
+            raise ValueError(f"there is no device {self.device!r}: set cpu, cuda, or one of several, such as cuda:1")
         if self.lora is not None and self.path is None:
             raise ValueError("lora trains an adapter on a given model: set model.path, or leave lora out")
         if self.lora is not None and self.freeze_trunk:
@@ -209,6 +213,15 @@ class Config(Section):
         if self.engine.kind == "server" and self.play.max_staleness:
             raise ValueError(
                 "play.max_staleness plays with several versions at once and a server serves one: set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_search_fits(self) -> Config:
+        if self.play.search.budget >= self.engine.kv_slots:
+            raise ValueError(
+                f"a search of play.search.budget ({self.play.search.budget}) tokens and its prompt cannot fit in "
+                f"engine.kv_slots ({self.engine.kv_slots}): raise kv_slots, or lower the budget"
             )
         return self
 

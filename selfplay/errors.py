@@ -6,7 +6,7 @@ import sys
 
 from mcts.types import SettingError
 
-__all__ = ["Interrupted", "NonFiniteLoss", "SettingError", "UserError", "known_errors"]
+__all__ = ["Interrupted", "NonFiniteLoss", "SettingError", "UserError", "known_errors", "out_of_memory"]
 
 
 class UserError(SettingError):
@@ -38,3 +38,18 @@ def known_errors() -> tuple[type[BaseException], ...]:
     asking costs no import."""
     loaded = [(sys.modules.get(module), name) for module, name in RUNTIME]
     return (SettingError, *(getattr(module, name) for module, name in loaded if module is not None))
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to tell a user whose machine or device had no memory left for an array; empty for any other error."""
+    torch = sys.modules.get("torch")
+    device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    host = isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if not device and not host:
+        return ""
+    said = str(error).partition(" to allocate ")[2].partition(". ")[0].partition(" for ")[0]
+    wanted = f" ({said} more were needed)" if said else ""
+    return (
+        f"out of memory{wanted}: lower engine.kv_slots, engine.rows, engine.max_context or learn.batch_tokens; "
+        "selfplay launch CONFIG --dry-run says what fits"
+    )

@@ -237,7 +237,7 @@ def check_parts(config: Config) -> None:
         check_folder(config.model.path, config.engine.max_context)
     else:
         task.vocabulary()
-        check_architecture(config.model.fresh)
+        check_architecture(config.model.fresh, config.engine.max_context)
 
 
 def join_cluster(config: Config) -> None:

@@ -54,9 +54,14 @@ def build_fresh_model(
     os.replace(building, target)
 
 
-def check_architecture(architecture: Mapping[str, Any]) -> None:
-    """Raise UserError for an unknown or impossible setting."""
-    _settings(architecture)
+def check_architecture(architecture: Mapping[str, Any], context: int) -> None:
+    """Raise UserError for an unknown or impossible setting, or for a model that cannot read `context` tokens."""
+    allowed = int(_settings(architecture)["max_positions"])
+    if context > allowed:
+        raise UserError(
+            f"engine.max_context is {context} and the fresh model reads at most {allowed} tokens: lower it, or raise "
+            "model.fresh.max_positions"
+        )
 
 
 def _settings(architecture: Mapping[str, Any]) -> dict[str, int | float | bool]:

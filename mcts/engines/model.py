@@ -141,8 +141,17 @@ def _folders(path: str | Path, head: str | Path | None) -> tuple[Path, Path | No
 
 def check_device(device: str) -> None:
     """Raise ModelError where `device` is not on this machine."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return
+    counter = getattr(getattr(torch, kind, None), "device_count", None)
+    if counter is None:
+        raise ModelError(f"there is no device {device!r}: use cpu or cuda")
+    count = counter()
+    if not count:
         raise ModelError(f"device {device!r} was asked for but there is no GPU here: use device: cpu")
+    if number and int(number) >= count:
+        raise ModelError(f"device {device!r} was asked for but the last one here is {kind}:{count - 1}: use that")
 
 
 def check_folder(path: str | Path, context: int | None = None) -> None:

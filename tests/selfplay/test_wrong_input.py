@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from selfplay import cli
+from selfplay.errors import out_of_memory
 from selfplay.run_folder import RunError, read_metrics
 from tests.models import make_policy, save_model
 from tests.selfplay.tiny_run import CONFIG
@@ -55,9 +56,14 @@ def shard(tmp_path: Path) -> Path:
     ("override", "says"),
     [
         ("plan.device_memory_gib=.inf", "finite number"),
+        ("engine.rows=8", "multiple of 16"),
+        ("model.device=gpu", "no device 'gpu'"),
+        ("model.device=cuda:x", "no device 'cuda:x'"),
         ("learn.optimizer.lr=.inf", "finite number"),
         ("seed=" + "9" * 5000, "not valid YAML"),
         ("seed=2026-13-45", "not valid YAML"),
+        ("play.search.budget=8192", "cannot fit in engine.kv_slots (8192)"),
+        ("engine.max_context=257", "the model reads at most 256 tokens"),
         ("model.lora.nosuch=1", "known keys: rank"),
         ("engine.server={url: u, model: m, reload: {nosuch: 1}}", "known keys: preset"),
         ("play.search.strategy.simulations=many", "simulations must be int, not 'many'"),
@@ -274,3 +280,36 @@ def test_a_gpu_that_is_not_here_is_told_before_anything_is_written(told: Told, c
     assert code == 2
     assert "there is no GPU here: use device: cpu" in line
     assert not (tmp_path / "r").exists()
+
+
+def test_a_context_that_a_fresh_model_cannot_read_leaves_no_run(told: Told, config: Path, tmp_path: Path) -> None:
+    code, line = told("launch", config, "--run-dir", tmp_path / "r", "engine.max_context=257")
+    assert code == 2
+    assert "lower it, or raise model.fresh.max_positions" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_memory_left_is_said_in_one_sentence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ["selfplay", "launch", str(config), "--run-dir", str(tmp_path / "r"), f"model.value_width={10**12}"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    *_, line = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: out of memory \(\d+ bytes more were needed\): lower engine.kv_slots, .*", line)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB more"),
+        (MemoryError("Unable to allocate 3.6 TiB for an array with shape (9,)"), "3.6 TiB more"),
+        (MemoryError(), "out of memory: lower"),
+        (RuntimeError("shape mismatch"), ""),
+    ],
+)
+def test_how_much_memory_was_lacking_is_said_where_it_is_known(error: Exception, says: str) -> None:
+    assert says in out_of_memory(error)
+    assert bool(says) == bool(out_of_memory(error))
