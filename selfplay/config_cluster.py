@@ -18,14 +18,14 @@ class ClusterConfig(Section):
     """Of a running Ray cluster to join; None: a Ray of this run's own on this machine."""
     workers: PositiveInt | Literal["fit"] = 2
     """fit: as many as the cluster has room for, growing and shrinking as nodes join and leave."""
-    worker_threads: PositiveInt = 1
+    worker_threads: int = Field(default=1, gt=0, le=1024)
     worker_cpus: PositiveFloat = 1.0
     """CPUs that Ray sets aside for a worker."""
     worker_gpus: NonNegativeFloat = 0.0
     """GPUs, or a fraction of one."""
     learners: PositiveInt = 1
     """Processes that learn together, data-parallel."""
-    learner_threads: PositiveInt = 2
+    learner_threads: int = Field(default=2, gt=0, le=1024)
     """Of each learner."""
     learner_cpus: PositiveFloat = 1.0
     learner_gpus: NonNegativeFloat = 0.0

@@ -30,6 +30,8 @@ class Beam:
     def __post_init__(self) -> None:
         if self.m < 1 or self.n < 1 or self.n % self.m:
             raise ValueError(f"beam needs n and m of at least 1 and n a multiple of m, not n={self.n}, m={self.m}")
+        if self.temperature is not None and self.temperature < 0.0:
+            raise ValueError(f"temperature must be >= 0, not {self.temperature}")
         pick_rule(self.pick)
 
     def run(self, ctx: SearchContext) -> Generator[Wave, Replies, Outcome]:

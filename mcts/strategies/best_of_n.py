@@ -35,6 +35,8 @@ class BestOfN:
     def __post_init__(self) -> None:
         if self.n < 0 or self.batch < 0 or (self.n == 0 and not self.until_win):
             raise ValueError(f"best_of_n needs n >= 1 (0 only with until_win) and batch >= 0, not {self}")
+        if self.temperature is not None and self.temperature < 0.0:
+            raise ValueError(f"temperature must be >= 0, not {self.temperature}")
         pick_rule(self.pick)
 
     def run(self, ctx: SearchContext) -> Generator[Wave, Replies, Outcome]:

@@ -196,8 +196,16 @@ def test_beam_works_with_rollouts_and_with_constant_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: BestOfN(n=0), lambda: BestOfN(pick="x"), lambda: Beam(n=6, m=4), lambda: Beam(pick="x")]
+    "bad",
+    [
+        lambda: BestOfN(n=0),
+        lambda: BestOfN(pick="x"),
+        lambda: BestOfN(temperature=-1.0),
+        lambda: Beam(n=6, m=4),
+        lambda: Beam(pick="x"),
+        lambda: Beam(temperature=-0.1),
+    ],
 )
 def test_bad_settings_are_refused(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"best_of_n|beam|pick"):
+    with pytest.raises(ValueError, match=r"best_of_n|beam|pick|temperature"):
         bad()  # type: ignore[operator]
