@@ -101,6 +101,10 @@ class Mcts:
             raise ValueError(f"simulations and leaves must be at least 1: {self}")
         if not 0.0 <= self.noise <= 1.0 or self.move_temperature < 0.0:
             raise ValueError(f"noise must lie in [0, 1] and move_temperature be >= 0: {self}")
+        if self.noise_alpha is not None and self.noise_alpha <= 0.0:
+            raise ValueError(f"noise_alpha must be above 0, or null for 10 / arms: {self}")
+        if self.c_base <= 0.0 or min(self.c_init, self.c_visit, self.c_scale) < 0.0:
+            raise ValueError(f"c_base must be above 0, and c_init, c_visit and c_scale at least 0: {self}")
         pick_rule(self.pick)
         self.widening()
 

@@ -330,7 +330,18 @@ def test_without_values_a_constant_serves() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"commit": "always"}, {"simulations": 0}, {"leaves": 0}, {"noise": 2.0}, {"pick": "best"}, {"expand": 0}]
+    "bad",
+    [
+        {"commit": "always"},
+        {"simulations": 0},
+        {"leaves": 0},
+        {"noise": 2.0},
+        {"noise_alpha": -1.0},
+        {"c_base": 0.0},
+        {"c_init": -1.0},
+        {"pick": "best"},
+        {"expand": 0},
+    ],
 )
 def test_bad_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
