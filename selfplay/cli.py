@@ -257,7 +257,7 @@ def reanalyse(
 @app.command(epilog="Example: selfplay grade answers.jsonl --verifier math")
 def grade(
     file: Annotated[Path, typer.Argument(help="JSONL of rows with the texts gold and prediction")],
-    verifier: Annotated[str, typer.Option(help="math, number, choice, exact, or a dotted path to your own")],
+    verifier: Annotated[str, typer.Option(help="math, number, choice, exact, program, or a dotted path to your own")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Verdicts for a file of gold and prediction rows, each with its reason, and the totals."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcts.tasks.program import program_in
 from mcts.types import Status, Verdict
 from mcts.verify import Verifier, load_verifier
 from mcts.verify.extract import KINDS, Extracted, find_answer
@@ -18,6 +19,8 @@ from selfplay.errors import UserError
 THREADS = 4
 WHOLE = "whole"
 """Rule of a text without any answer marker: it is the answer as it stands."""
+PROGRAM = "program"
+"""Verifier, and rule of its texts: gold is JSON, the prediction holds a program, whatever markers they hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class Graded:
     prediction: str
     verdict: Verdict
     rule: str
-    """How the answer was found in the prediction: a rule of `mcts.verify.extract`, or `whole`; empty if it was not."""
+    """How the answer was found in the prediction: a rule of `mcts.verify.extract`, `whole` or `program`; empty if it
+    was not."""
     expected: bool | None
     """What the row says should come out, if it says so."""
 
@@ -56,7 +60,8 @@ class Graded:
 def grade_file(path: Path, verifier: str) -> Iterator[Graded]:
     """Grade every row of a JSONL file, in order. A row has the texts `gold` and `prediction`, and may have `expected`
     (is it a win?); other fields are ignored. Of either text the final answer is taken where it has an answer marker
-    (`mcts.verify.extract`), else the whole of it.
+    (`mcts.verify.extract`), else the whole of it. For `program` gold is taken whole, and of the prediction the last
+    fenced block that names `solve`, else the whole text where that does.
 
     Raises UserError in one sentence: no such file, none or a row (named by its number) that is not as it should be.
     VerifierSettingError: no such verifier.
@@ -65,7 +70,7 @@ def grade_file(path: Path, verifier: str) -> Iterator[Graded]:
     rows = list(_rows(path))
     if not rows:
         raise UserError(f"{path} holds no rows; a row has the texts gold and prediction")
-    kind = verifier if verifier in KINDS else "exact"
+    kind = verifier if verifier in (*KINDS, PROGRAM) else "exact"
 
     def grade(row: tuple[int, dict[str, Any]]) -> Graded:
         number, fields = row
@@ -85,6 +90,11 @@ def totals(graded: list[Graded]) -> dict[str, Any]:
 
 
 def _verdict(judge: Verifier, gold: str, prediction: str, kind: str) -> tuple[Verdict, str]:
+    if kind == PROGRAM:
+        program = program_in(prediction)
+        if program is None:
+            return Verdict(Status.UNPARSABLE, 0.0, None, "the prediction gives no program with a function solve"), ""
+        return judge.verify(gold, program), PROGRAM
     answers = []
     rule = ""
     for name, text in (("gold", gold), ("the prediction", prediction)):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from selfplay import cli
+from tests.mcts.hostile_programs import MISSING
 
 ROWS = [
     {"gold": "#### 18", "prediction": r"so it is \boxed{18}", "expected": True},
@@ -95,3 +96,19 @@ def test_a_missing_file_and_an_unknown_verifier_are_one_sentence(
     code, _, err = grade(capfd, monkeypatch, file, "--verifier", "nmber")
     assert code == 2
     assert "there is no verifier 'nmber': did you mean 'number'?" in err
+
+
+def test_a_program_is_judged_whatever_markers_gold_or_its_text_hold(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if MISSING:
+        pytest.skip(MISSING)
+    gold = json.dumps([{"input": "the answer is 5", "output": "#### 7"}])
+    program = "#### it returns a constant\ndef solve(text):\n    return '#### 7'\n"
+    rows = [program, f"<think>hm</think>So:\n```python\n{program}```\n#### done", f"<think>{program}", "return 7"]
+    path = tmp_path / "programs.jsonl"
+    path.write_text("\n".join(json.dumps({"gold": gold, "prediction": row}) for row in rows), encoding="utf-8")
+    code, out, _ = grade(capfd, monkeypatch, path, "--verifier", "program", "--json")
+    found = [(row["status"], row["rule"]) for row in json.loads(out)["rows"]]
+    assert code == 0
+    assert found == [("correct", "program"), ("correct", "program"), ("unparsable", ""), ("unparsable", "")]
