@@ -37,14 +37,19 @@ _NEGATION = re.compile(r"\b(?:not|cannot|never|rather than|instead of|non|pas)\b
 _REFUSED = re.compile(rf"\s*(?:{DENIED}|(?:is|was|can|could)\s*not\b|not\s+(?:this|that)\b)", re.IGNORECASE)
 
 
+_OTHER = re.compile(
+    r"\(([A-Za-z])\)|(?<![\w$\\'’])([B-HJ-Z])(?![\w'’])|\b(?:or|and)\s+(A)\b"
+    r"|(?:^|(?<=[\s,;/]))([A-Za-z])(?=\s*(?:$|[,;/)]))"
+)
+"""A letter in brackets, a capital that is no word (`A`, `I`), or any letter that a mark or the end follows: `B, a`."""
+
+
 def _hedged(rest: str, others: set[str]) -> bool:
     """Does what follows the letter refuse it, or name another option without saying that it is not the one?"""
     if _REFUSED.match(rest):
         return True
-    named = re.search(r"\(([A-Za-z])\)|(?<![\w$\\'’])([B-HJ-Z])(?![\w'’])|\b(?:or|and)\s+(A)\b", rest)
-    if named is None or next(group for group in named.groups() if group).upper() not in others:
-        return False
-    return _NEGATION.search(rest[: named.start()]) is None
+    named = next((match for match in _OTHER.finditer(rest) if match[match.lastindex or 0].upper() in others), None)
+    return named is not None and _NEGATION.search(rest[: named.start()]) is None
 
 
 class ChoiceVerifier:

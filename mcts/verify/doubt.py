@@ -7,7 +7,7 @@ import re
 DENIED = r"(?:is|was)\s+(?:not|wrong|incorrect|false|out)\b|(?:is|was)n[’']t\b"
 """Pattern of what says of the words before it that they are not so."""
 _BEFORE = re.compile(
-    r"\b(?:not|never|negative|minus|plus|without|except|but|neither|nor|none|unlike|half|third|quarter|twice|thrice"
+    r"\b(?:not|never|negative|minus|plus|without|except|but|neither|nor|or|none|unlike|half|third|quarter|twice|thrice"
     r"|double|triple|times|hundred|thousand|million|than|at least|at most|over|under|above|below|between|root"
     r"|cube|square|maybe|perhaps|possibly|unknown|wrong|incorrect|cannot)\b|n[’']t\b",
     re.IGNORECASE,

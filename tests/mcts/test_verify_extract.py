@@ -60,6 +60,8 @@ def test_the_final_marker_gives_the_answer(text: str, kind: str, answer: str, ru
         ("The answer is A, or B", "choice", "not one option"),
         ("The answer is not 18", "number", "change it"),
         ("#### not 18", "number", "change it"),
+        ("The answer is seventeen or 18", "number", "change it"),
+        ("The answer is c or B", "choice", "not one option"),
         ("The answer is half of 18.", "number", "change it"),
         ("The answer is one less than 18", "number", "change it"),
         ("The answer is three times 18", "number", "change it"),

@@ -83,3 +83,16 @@ def test_choices(gold: str, prediction: str, status: str) -> None:
 )  # fmt: skip
 def test_words(gold: str, prediction: str, status: str) -> None:
     assert TextVerifier().verify(gold, prediction).status == status
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["B, A", "B A", "(B) A", "B: A", "b, c", "B,c", "B - A", "B\n\nA", r"\text{B, A}", "B, maybe A", "B; a"],
+)
+def test_a_second_option_is_heard_in_small_letters_and_where_it_could_be_a_word(text: str) -> None:
+    assert ChoiceVerifier().verify("B", text).status is Status.UNPARSABLE
+
+
+@pytest.mark.parametrize("text", ["(B) a dog", "B. A dog and a cat", "B) x", "(B) 5 a day", "B, not A", "B: I think"])
+def test_words_of_an_option_are_no_second_one(text: str) -> None:
+    assert ChoiceVerifier().verify("B", text).status is Status.CORRECT
