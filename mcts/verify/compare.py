@@ -32,7 +32,7 @@ from mcts.verify.forms import (
 from mcts.verify.formula import CannotParse, parse
 from mcts.verify.number import Number
 from mcts.verify.reading import read
-from mcts.verify.sets import same_set
+from mcts.verify.sets import same_set, unknowns
 from mcts.verify.tex import Unreadable
 
 _WORD_NUMBERS = (
@@ -125,7 +125,7 @@ def contradicts(reading: Reading) -> bool:
     """Does some chain of equations in it equate different constants (`17 = 18`, `x = 3 = 4`)?"""
     if isinstance(reading, Chain):
         if reading.signs == ("~",):
-            return contradicts(reading.sides[0]) or not _near(*reading.sides)
+            return contradicts(reading.sides[0]) or not (reading.name or _near(*reading.sides))
         constants = [side for side in reading.sides if is_constant(side)]
         for number, (left, right) in enumerate(zip(reading.sides, reading.sides[1:], strict=False)):
             if (
@@ -135,17 +135,26 @@ def contradicts(reading: Reading) -> bool:
                 and not _holds(left, reading.signs[number], right)
             ):
                 return True
-        if set(reading.signs) == {"="} and any(not same(constants[0], other) for other in constants[1:]):
+        if set(reading.signs) == {"="} and any(not _agree(constants[0], other) for other in constants[1:]):
             return True
     return any(contradicts(part) for part in parts(reading))
 
 
+def _agree(left: Reading, right: Reading) -> bool:
+    """Are both numbers or formulas, and equal, whatever is left to work out?"""
+    if isinstance(left, Number) and isinstance(right, Number):
+        return left.same(right)
+    return (
+        isinstance(left, Number | Expression) and isinstance(right, Number | Expression) and same_formula(left, right)
+    )
+
+
 def _near(left: Reading, right: Reading) -> bool:
-    """May two sides be about the same: no two constants that are more than a hundredth apart?"""
-    left = left.sides[-1] if isinstance(left, Chain) else left
+    """Are two sides about the same: constants that are at most a hundredth apart?"""
+    left, right = (side.sides[-1] if isinstance(side, Chain) else side for side in (left, right))
     a, b = value(left), value(right)
     if a is None or b is None or not (is_constant(left) and is_constant(right)) or not (a.is_real and b.is_real):
-        return True
+        return False
     return bool(100 * abs(a - b) <= abs(a))
 
 
@@ -172,15 +181,14 @@ def same(gold: Reading, given: Reading) -> bool:
         return _same_words(gold, given)
     if isinstance(gold, Numeral) or isinstance(given, Numeral):
         return gold == given
-    if isinstance(gold, Number) and isinstance(given, Number):
-        return gold.same(given)
     if isinstance(gold, Number | Expression) and isinstance(given, Number | Expression):
-        return same_formula(gold, given)
+        return _agree(gold, given)
     if isinstance(gold, Ratio | Residue) and type(gold) is type(given):
         return _pairwise(gold.items, parts(given))
     if isinstance(gold, Matrix) and isinstance(given, Matrix):
         shapes = [[len(row) for row in matrix.rows] for matrix in (gold, given)]
-        return shapes[0] == shapes[1] and _pairwise(parts(gold), parts(given))
+        cells = zip(parts(gold), parts(given), strict=False)  # a factor before the matrix was left to us
+        return shapes[0] == shapes[1] and all(_agree(a, b) or same(a, b) for a, b in cells)
     if isinstance(gold, Ordered) and isinstance(given, Ordered):
         if len(gold.items) == 2 and (gold.left, gold.right) != (given.left, given.right):
             return False  # intervals, one of them open where the other is closed
@@ -189,7 +197,7 @@ def same(gold: Reading, given: Reading) -> bool:
         a, b = _tuple(gold), _tuple(given)
         return a is not None and b is not None and _pairwise(a, b)
     if isinstance(gold, Union | Both) and type(gold) is type(given) and _matched(gold.items, parts(given)):
-        return True
+        return bool(unknowns(gold)) or len(unknowns(given)) < 2  # `x < -1 or y > 1` is no set
     if isinstance(gold, Without) and isinstance(given, Without) and _pairwise(gold.items, given.items):
         return True
     if isinstance(gold, Union | Both | Without) or isinstance(given, Union | Both | Without):

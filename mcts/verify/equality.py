@@ -48,6 +48,8 @@ def same_formula(gold: Number | Expression, given: Number | Expression) -> bool:
     counts where both have one."""
     if gold.unit is not None and given.unit is not None and gold.unit != given.unit:
         return False
+    if gold.unit is None and given.unit is not None and given.unit.is_letter:
+        return False
     a, b = value(gold), value(given)
     assert a is not None
     assert b is not None

@@ -87,8 +87,6 @@ class MathVerifier:
             given = read_number(
                 prediction, comma=True
             )  # 1,22 for 1.22; if it is not, it is a list and wrong all the same
-        elif given is not None and wanted is None and _TWO_WHOLES.fullmatch(gold):
-            wanted = read_number(gold, comma=True)
         if wanted is not None and given is not None:
             return self._numbers(wanted, given, prediction)
         for name, text in (("gold", gold), ("the prediction", prediction)):

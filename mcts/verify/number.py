@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from unicodedata import normalize
 
 from mcts.types import Status, Verdict
 from mcts.verify.base import check_partial, refuse
@@ -49,6 +50,7 @@ _OPEN = re.compile(
 
 _RAISED_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _RAISED = re.compile(r"⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
 _WRAPPED_NUMBER = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf|boldsymbol)\s*\{\s*([-+−$]?\s*\d[^{}]*)\}")
 
 
@@ -125,8 +127,9 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?:\\\\\s*)+$", "", text)
     wrapped = _WRAPPED_NUMBER.fullmatch(text)
     text = wrapped[1] if wrapped is not None else text
+    text = _VULGAR.sub(lambda match: rf"\frac{{{'}{'.join(normalize('NFKC', match[0]).split('⁄'))}}}", text)
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_RAISED_DIGITS)}}}", text)
-    text = re.sub(r"\\!\s*", "", text).replace("{,}", ",")
+    text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", re.sub(r"\\!\s*", "", text))
     text = re.sub(r"(?<!\\)\\(?:[,;: ]|quad|qquad)|~|\u00a0|\u2009|\u202f", " ", text)
     text = re.sub(r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])", "", text)
     return text.replace("−", "-").strip()
@@ -242,10 +245,11 @@ _NO_UNITS = frozenset(
     squared cubed half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh
     sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths percent pct
     percentage base is to by if maybe either zero below negative wrong incorrect false never none remainder
+    doubled tripled
     """.split()  # noqa: SIM905
 )
 """Words behind a number that change or hedge it, and so are no units."""
-_PARTS = re.compile(r".*(?:teenth|tieth|leventh|elfth)s?")
+_PARTS = re.compile(r".*(?:teenth|tieth|leventh|elfth|illionth)s?")
 
 
 def _tail(text: str, loose: bool) -> tuple[bool, str, int] | None:
@@ -268,7 +272,7 @@ def _tail(text: str, loose: bool) -> tuple[bool, str, int] | None:
         scale *= _SCALES[words[0].removesuffix("s")]
         words, text = words[1:], text[len(words[0]) :].strip()
     plain = [re.split(r"[\^²³.]", word)[0] for word in words]
-    if any(changes(word) for word in plain) and not re.fullmatch(r"(?i:\w+ (?:squared|cubed))", text):
+    if any(_changes(word) for word in plain) and not re.fullmatch(r"(?i:\w+ (?:squared|cubed))", text):
         return None
     if not wrapped and any(not (loose or is_known(word)) or (adjacent and not is_known(word)) for word in plain):
         return None
@@ -277,9 +281,15 @@ def _tail(text: str, loose: bool) -> tuple[bool, str, int] | None:
     return False, text, scale
 
 
-def changes(word: str) -> bool:
+def _changes(word: str) -> bool:
     """Does a word (lower case) behind a number change or hedge it, so that it is no unit?"""
     return word in _NO_UNITS or _PARTS.fullmatch(word) is not None
+
+
+def is_unit(text: str) -> bool:
+    """Is a text behind a formula its unit, and nothing that changes it (`percent`, `million`, another number)?"""
+    tail = _tail(text, loose=True)
+    return tail is not None and not tail[0] and tail[2] == 1
 
 
 class NumberVerifier:

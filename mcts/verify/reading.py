@@ -23,7 +23,7 @@ from mcts.verify.forms import (
     Without,
     Words,
 )
-from mcts.verify.number import changes, read_number
+from mcts.verify.number import is_unit, read_number
 from mcts.verify.tex import WRAPPED, Unreadable, clean, matching, split
 from mcts.verify.units import read_unit
 
@@ -41,6 +41,12 @@ _SLASH = re.compile(
     r"(?:/|\\div)\s*\d+(?:\.\d+)?\s*(?=[A-Za-z(]|\\(?!cdot|times|div|ast|pm|mp|begin|end|to|text|math|mbox|circ)[A-Za-z])"
 )
 """`1/2x`: (1/2)x or 1/(2x)."""
+_SIDE_BY_SIDE = re.compile(
+    r"(?:[)}]|(?<![\\A-Za-z\d.])(?<!frac )(?<!binom )\d[\d.]*)\s+\d|%\s*[^\s%]"
+    rf"|{WRAPPED}\s*\{{[^{{}}]*\s[^{{}}]*\}}\s*[\w\\(]"
+)
+"""`16 0` and `36.9\\text{ but not }0`: they are products to a parser."""
+_SCRIPTS = re.compile(r"[_^]\s*(?:\{[^{}]*\}|\S)")
 _TIME = re.compile(rf"(\d\d?(?::\d\d)*)\s*(?:{WRAPPED}\s*\{{\s*)?([aApP])(?:\.\s?)?[mM]\.?\s*\}}?")
 _MOD = re.compile(
     r"(?P<value>[^=<>]+?)\s*\(?\s*\\?[bp]?mod(?![A-Za-z])\s*(?P<modulus>\{[^{}]*\}|[^{}()]*?)\s*\)?", re.DOTALL
@@ -58,6 +64,11 @@ _RELATIONS = {
 _RELATION = re.compile(r"<=|>=|!=|:=|==|[=<>]|\\(?:leqslant|geqslant|leq|geq|neq|le|ge|ne|lt|gt)(?![A-Za-z])")
 _APPROX = re.compile(r"\\approx(?![A-Za-z])|\\simeq(?![A-Za-z])|~=")
 _IN = re.compile(r"\\in(?![A-Za-z])")
+_SUCH_THAT = re.compile(
+    r"([A-Za-z])\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?(?:\||:|\\mid(?![A-Za-z])|\\colon(?![A-Za-z]))\s*"
+    r"(?P<conditions>.*\1.*)"
+)
+"""What stands in `\\{x \\mid x > 2\\}`, the real numbers written as the interval that they are."""
 _CUP = re.compile(r"\\cup(?![A-Za-z])")
 _SETMINUS = re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])")
 _TRIGONOMETRIC = re.compile(r"(?<!arc)(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -67,7 +78,6 @@ _PROSE = re.compile(
     r"[A-Za-z]{4,}(?=$|[\s).:!?'])"
 )
 _DOTS = re.compile(r"\\[lcvd]?dots[bcmio]?(?![A-Za-z])|\.\.\.|…")
-_POWER_WORD = re.compile(r"\b(?:squared|cubed)\b")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _EMPTY = re.compile(r"\\(?:emptyset|varnothing)|∅")
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?|(?:the )?empty set")
@@ -212,7 +222,7 @@ def _membership(text: str, depth: int) -> Reading | None:
 
 def _chain(text: str, depth: int) -> Reading | None:
     pieces = split(text, _RELATION)
-    if len(pieces) == 1:
+    if len(pieces) == 1 or _relations_united(text):
         return None
     signs = tuple(_RELATIONS.get(sign, "=") for sign in pieces[1::2])
     sides = pieces[::2]
@@ -221,6 +231,12 @@ def _chain(text: str, depth: int) -> Reading | None:
     named = set(signs) == {"="} and is_name(sides[0])
     name = re.sub(r"\s", "", sides[0]) if named else ""
     return Chain(tuple(_read(side, depth + 1) for side in sides), signs, name)
+
+
+def _relations_united(text: str) -> bool:
+    """Is it `x < -1 \\cup x > 1`, and no relation that holds a union (`S = A \\cup B`)?"""
+    pieces = split(text, _CUP)[::2]
+    return len(pieces) > 1 and all(len(split(piece, _RELATION)) > 1 for piece in pieces)
 
 
 def _union(text: str, depth: int) -> Reading | None:
@@ -248,6 +264,9 @@ def _bracketed(text: str, depth: int) -> Reading | None:
         inner = text[2:-2].strip()
         if not inner:
             return Listed((), braces=True)
+        such = _SUCH_THAT.fullmatch(inner)
+        if such is not None:
+            return _read(such["conditions"], depth + 1)
         return Listed(_items(inner, depth) or (_read(inner, depth + 1),), braces=True)
     if text[0] not in _PAIRS or matching(text, 0) != len(text) - 1:
         return None
@@ -257,6 +276,8 @@ def _bracketed(text: str, depth: int) -> Reading | None:
         return _read(inner, depth + 1)
     if text[0] == "{":
         return _read(inner, depth + 1) if items is None else Listed(items, braces=True)
+    if items is not None and len(items) != 2 and _PAIRS[text[0]] != text[-1]:
+        raise Unreadable("a bracket that another kind closes")
     if items is not None:
         return Ordered(items, text[0], text[-1])
     return _read(inner, depth + 1) if text[0] == "(" and text[-1] == ")" else None
@@ -308,8 +329,7 @@ def _expression(text: str) -> Reading:
     tail = _UNIT_TAIL.fullmatch(text)
     degrees = _DEGREES.fullmatch(text)
     if tail is not None and tail["rest"].strip():
-        words = re.findall(r"[a-z]+", tail["unit"].lower())
-        if any(changes(word) for word in words) and not _POWER_WORD.search(tail["unit"]):
+        if not is_unit(rf"{tail['unit']}{tail['power'] or ''}"):
             raise Unreadable("words behind a formula that change it")
         unit, text = read_unit(tail["unit"] + (tail["power"] or "")), tail["rest"]
     elif degrees is not None and degrees["rest"].strip():
@@ -322,9 +342,12 @@ def _expression(text: str) -> Reading:
         raise Unreadable("words among a formula")
     if _BASED.search(text) or _PREFIXED.search(text):
         raise Unreadable("a numeral in some base among a formula")
+    if _SIDE_BY_SIDE.search(_SCRIPTS.sub("", text)):
+        raise Unreadable("a number side by side with what may be another answer")
     if _SLASH.search(text):
         raise Unreadable("a product behind a slash, which may belong below it or not")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.strip())
+    text = re.sub(r"(?<=[A-Za-z])'+", lambda primes: f"_{{{len(primes[0])}prime}}", text)  # a parser drops them
     return Expression(_exact_decimals(text), unit)
 
 
@@ -346,4 +369,4 @@ def is_name(text: str) -> bool:
     it: `-x = 6` says x = -6."""
     bare = re.sub(r"_\s*(?:\{[^{}]*\}|\w)", "", text)
     bare = re.sub(r"(?<=[A-Za-z])\s*\([^()]*\)", "", bare)
-    return bool(re.search(r"[A-Za-z]", bare)) and not re.search(r"\d|\^|^\s*-", bare)
+    return bool(re.search(r"[A-Za-z]", bare)) and not re.search(r"\d|\^|^[\s({]*-", bare)

@@ -10,18 +10,18 @@ from mcts.verify.forms import Both, Chain, Listed, Ordered, Reading, Union, With
 
 def same_set(gold: Reading, given: Reading) -> bool:
     """Are both sets of real numbers, and the same one? Two conditions must be on the same unknown."""
-    unknowns = [_unknowns(reading) for reading in (gold, given)]
-    if any(len(names) > 1 for names in unknowns) or (all(unknowns) and unknowns[0] != unknowns[1]):
+    names = [unknowns(reading) for reading in (gold, given)]
+    if any(len(found) > 1 for found in names) or (all(names) and names[0] != names[1]):
         return False
     a, b = as_set(gold), as_set(given)
     return a is not None and b is not None and bool(a == b or a.symmetric_difference(b) == sympy.S.EmptySet)
 
 
-def _unknowns(reading: Reading) -> set[sympy.Symbol]:
+def unknowns(reading: Reading) -> set[sympy.Symbol]:
     """The variables in it, and `f(x)` as one."""
     found = value(reading)
     own = set(plain(found).free_symbols) if found is not None else set()
-    return own.union(*(_unknowns(part) for part in parts(reading)))
+    return own.union(*(unknowns(part) for part in parts(reading)))
 
 
 _JOINED = {Union: sympy.Union, Both: sympy.Intersection, Without: sympy.Complement}
@@ -44,6 +44,8 @@ def as_set(reading: Reading) -> sympy.Set | None:
         left, right = ends
         if (left == -sympy.oo and reading.left == "[") or (right == sympy.oo and reading.right == "]"):
             return None
+        if left > right:
+            return None  # not the empty set, which would vanish beside another: `(5,2) \\cup (2,12)`
         return sympy.Interval(left, right, reading.left == "(", reading.right == ")")
     return _solutions(reading) if isinstance(reading, Chain) else None
 

@@ -35,7 +35,7 @@ def check_unread(math: MathVerifier, pairs: list[Pair]) -> None:
 def test_a_name_on_the_right_is_as_good_as_one_on_the_left(math: MathVerifier) -> None:
     check(
         math,
-        [("18", "18=x"), ("18", "19-1=x"), ("18", "18 = f(2)"), ("x=18", "18=x"), ("2x+1", "2x+1=y"), ("5", "5=x+y")],
+        [("18", "18=x"), ("18", "18 = f(2)"), ("x=18", "18=x"), ("2x+1", "2x+1=y"), ("5", "5=x+y")],
         [("18", "17=18"), ("18", "18=2x"), ("18", "x=17=18"), ("18", "18=17=x"), ("18", "18=x+1"), ("18", "18<x"), (r"\pi", r"3.14=\pi"), ("x^2", "x^2=x")],
     )  # fmt: skip
 
@@ -75,7 +75,21 @@ def test_conditions_on_different_unknowns_differ(math: MathVerifier) -> None:
     check(
         math,
         [(r"(2,\infty)", "y>2"), (r"(2,\infty)", "f(x)>2")],
-        [("x>2", "y>2"), ("x>2", "f(x)>2"), ("x<-1 or x>1", "y<-1 or y>1"), ("|x|>1", "x<-1 or y>1")],
+        [
+            ("x>2", "y>2"),
+            ("x>2", "f(x)>2"),
+            ("x<-1 or x>1", "y<-1 or y>1"),
+            ("|x|>1", "x<-1 or y>1"),
+            (r"(-\infty,-1)\cup(1,\infty)", "x<-1 or y>1"),
+        ],
+    )
+
+
+def test_an_interval_whose_ends_are_the_wrong_way_round_is_no_empty_set(math: MathVerifier) -> None:
+    check(
+        math,
+        [(r"(2,5)\cup(5,12)", r"(5,12)\cup(2,5)"), (r"(2,12)", r"(2,5]\cup(4,12)")],
+        [("(2,12)", r"(5,2)\cup(2,12)"), (r"(3,\infty)", r"(3,\infty)\cup(0,-5)")],
     )
 
 
@@ -113,7 +127,7 @@ def test_a_residue_is_compared_as_written_and_with_its_modulus(math: MathVerifie
 def test_infinity_is_no_number_to_calculate_with(math: MathVerifier) -> None:
     check(
         math,
-        [(r"\infty", r"+\infty"), (r"\infty", "infinity"), ("2", r"\sum_{n=0}^{\infty} \frac{1}{2^n}")],
+        [(r"\infty", r"+\infty"), (r"\infty", "infinity"), (r"\sum_{n=0}^{\infty} \frac{1}{2^n}", "2")],
         [(r"\infty", r"-\infty"), ("2", r"\infty")],
     )
     check_unread(math, [(r"\infty", r"2\infty"), (r"\infty", r"\infty+1"), ("0", r"\frac{1}{\infty}"), ("2", r"2\infty"), (r"\infty", r"2^\infty")])  # fmt: skip
@@ -143,7 +157,7 @@ def test_digits_behind_a_prefix_are_not_zero(math: MathVerifier) -> None:
 def test_degrees_inside_a_function_are_an_angle(math: MathVerifier) -> None:
     check(
         math,
-        [(r"\frac{1}{2}", r"\sin 30^\circ"), (r"\tan 15^\circ", r"2-\sqrt3"), (r"\cos^2 30^\circ", "3/4"), (r"\cos(6^\circ)\sin(12^\circ)\csc(18^\circ)", r"\cos 6^\circ \sin 12^\circ \csc 18^\circ")],
+        [(r"\sin 30^\circ", r"\frac{1}{2}"), (r"\tan 15^\circ", r"2-\sqrt3"), (r"\cos^2 30^\circ", "3/4"), (r"\cos(6^\circ)\sin(12^\circ)\csc(18^\circ)", r"\cos 6^\circ \sin 12^\circ \csc 18^\circ")],
         [(r"\sin 15", r"\sin 15^\circ"), (r"60^\circ", r"\frac{\pi}{3}")],
     )  # fmt: skip
     check_unread(math, [(r"\sin x", r"\sin x^\circ")])
@@ -180,6 +194,72 @@ def test_no_solution_is_the_empty_set_and_none_is_a_word(math: MathVerifier) -> 
 
 def test_a_factorial_of_a_variable_is_judged_in_time(math: MathVerifier) -> None:
     check(math, [("n!", "n(n-1)!")], [])
+
+
+def test_what_stands_behind_a_formula_is_its_unit_or_it_is_not_read(math: MathVerifier) -> None:
+    check(
+        math,
+        [(r"3\pi", r"3\pi\text{ square cm}"), (r"3\pi", r"3\pi\text{ units}"), (r"3\pi", r"3\pi\text{ m/s}"), (r"3\pi\text{ cm}^2", r"3\pi\text{ cm squared}")],
+        [(r"3\pi", r"3\pi\text{ k}"), (r"3\pi\text{ cm}", r"3\pi\text{ m}")],
+    )  # fmt: skip
+    check_unread(math, [(r"3\pi", r"3\pi\text{ million}"), (r"\sqrt2", r"\sqrt2\text{ thousand}"), (r"\sqrt2", r"\sqrt2\text{, 1, 5, 7}"), (r"3\pi", r"3\pi\text{ isn't it}"), (r"\sqrt2", r"\sqrt2\text{ millionths}"), (r"y=2x+3", r"y=2x+3\quad\text{A,B,C}")])  # fmt: skip
+
+
+def test_a_second_answer_behind_a_space_is_no_factor(math: MathVerifier) -> None:
+    check(
+        math,
+        [
+            (r"\frac38", r"\dfrac 3 8"),
+            (r"2\log_2 5", r"2 \log_2 5"),
+            (r"3\frac12", "3 1/2"),
+            ("10000", r"10\,000"),
+            ("14916", "14 {, }916"),
+        ],
+        [],
+    )
+    check_unread(math, [("0,1", r"202\quad 0, 1"), ("0,1", r"36.9\text{ but not }0, 1"), ("0,1", r"468\%0, 1"), (r"\frac{1}{\sqrt2}", r"\frac{1}{\sqrt2}\;\;1"), ("0,x", "(x+1) 0, x")])  # fmt: skip
+
+
+def test_about_stands_between_numbers_that_are_close_or_behind_a_name(math: MathVerifier) -> None:
+    check(
+        math,
+        [(r"\sqrt2", r"\sqrt2 \approx 1.414"), ("17", r"x = 17 \approx 17.001"), ("x=3.2", r"x \approx 3.2")],
+        [("17", r"17 \approx x = 18"), ("17", r"x = 17 \approx y = 18"), ("2-b", r"2-b \approx 5898"), ("(8,-2)", r"(8,-2) \approx 7"), (r"\frac14", r"\frac14 \approx x^2"), ("[0,3)", r"[0,3) \approx [0,4)")],
+    )  # fmt: skip
+
+
+def test_primes_are_part_of_a_name(math: MathVerifier) -> None:
+    check(
+        math,
+        [("f'(x)", "f'(x)"), (r"\frac{A'}{2}", "0.5A'"), ("2x", "f'(x) = 2x")],
+        [("f'(x)", "f(x)"), ("f''(x)", "f'(x)"), ("y'", "y"), ("y", "y'")],
+    )
+
+
+def test_a_list_of_two_numbers_is_no_decimal(math: MathVerifier) -> None:
+    check(math, [("1.22", "1,22"), ("1,2", "2,1"), ("22,500", "22500")], [("1,2", "1.2"), ("17,44", "17.44"), ("0,1", "0.1")])  # fmt: skip
+
+
+def test_a_tuple_is_not_half_open(math: MathVerifier) -> None:
+    check(math, [("(1,2,3)", "(1,2,3)"), ("[1,2)", "[1,2)")], [])
+    check_unread(math, [("(1,2,3)", "(1,2,3]"), ("(1,2,3)", "[1,2,3)")])
+
+
+def test_a_minus_in_brackets_before_a_variable_is_heard(math: MathVerifier) -> None:
+    check(math, [], [("18", "(-x)=18"), ("18", "{-x}=18"), ("18", "18=( - x)")])
+
+
+def test_a_fraction_in_one_character_is_read(math: MathVerifier) -> None:
+    check(math, [(r"\frac12", "½"), ("3.5", "3½"), (r"\frac34", "¾"), ("2/3", "⅔")], [("18", "18½"), ("3/2", "3½")])
+
+
+def test_conditions_may_be_united_or_stand_in_a_set(math: MathVerifier) -> None:
+    check(
+        math,
+        [(r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \cup x>1"), ("|x|>1", r"x<-1 \cup x>1"), (r"(2,\infty)", r"\{x \mid x>2\}"), (r"(2,\infty)", r"\{x : x > 2\}"), (r"(2,\infty)", r"\left\{x \in \mathbb{R} \mid x > 2\right\}"), (r"[0,1)", r"S = [0,1)"),
+         (r"[0,1)\cup(2,3)", r"S=[0,1)\cup(2,3)")],
+        [(r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \cup y>1"), (r"(2,\infty)", r"\{x : x \ge 2\}"), (r"(2,\infty)", r"\{x : y > 2\}"), (r"\{2,3\}", "2:3")],
+    )  # fmt: skip
 
 
 # judged by hand: gold, what a model wrote, is it the same

@@ -28,7 +28,7 @@ EQUAL = [
     (r"\frac13", r"0.\overline{3}"), ("1/6", r"0.1\overline{6}"), ("1/3", "0.333..."), ("1/3", "0.(3)"),
     ("1", "0.999..."), (r"\frac{1}{3}", "0.333333"), (r"\sqrt{17}", "4.123105625617661"), ("1.22", "1,22"),
     ("[-2,7]", r"-2 \le x \le 7"), (r"-2 \le x \le 7", "[-2,7]"), (r"x \in [-2,7]", r"-2 \leq x \leq 7"),
-    ("x>5", r"(5,\infty)"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"), (r"1<x<2", "2>x>1"), ("x<1", "-x>-1"),
+    ("x>5", r"(5,\infty)"), (r"x \ne 3", r"(-\infty,3)\cup(3,\infty)"), (r"1<x<2", "2>x>1"),
     (r"1\leq|z|\leq \frac{3}{2}", r"z \in \left[-\frac{3}{2}, -1\right] \cup \left[1, \frac{3}{2}\right]"),
     (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\emptyset", r"\{\}"),
     ("18", "9+9=18"), ("18", "x=18"), ("x=5", "5"), ("x=11", r"x \approx 11"), (r"\frac13", r"\frac13 \approx 0.333"),

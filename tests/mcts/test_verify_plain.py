@@ -96,3 +96,13 @@ def test_a_second_option_is_heard_in_small_letters_and_where_it_could_be_a_word(
 @pytest.mark.parametrize("text", ["(B) a dog", "B. A dog and a cat", "B) x", "(B) 5 a day", "B, not A", "B: I think"])
 def test_words_of_an_option_are_no_second_one(text: str) -> None:
     assert ChoiceVerifier().verify("B", text).status is Status.CORRECT
+
+
+@pytest.mark.parametrize("text", ["5 millionths", "5 billionth", "5 doubled", "5 tripled", r"5\text{ trillionths}"])
+def test_a_word_that_scales_a_number_is_no_unit(text: str) -> None:
+    assert NumberVerifier().verify("5", text).status is Status.UNPARSABLE
+
+
+@pytest.mark.parametrize(("gold", "prediction"), [("0.5", "½"), ("3.5", "3½"), ("3/4", "¾"), ("14916", "14 {, }916")])
+def test_fractions_in_one_character_and_wide_separators_are_numbers(gold: str, prediction: str) -> None:
+    assert NumberVerifier().verify(gold, prediction).status is Status.CORRECT
