@@ -34,6 +34,7 @@ from mcts.verify.number import Number
 from mcts.verify.reading import read
 from mcts.verify.sets import same_set, unknowns
 from mcts.verify.tex import Unreadable
+from mcts.verify.unfinished import unfinished
 
 _WORD_NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six"),
@@ -92,6 +93,8 @@ def _difference(gold: Reading, prediction: Reading) -> str:
         return f"base {prediction.base}, not {gold.base}"
     if isinstance(gold, Numeral) != isinstance(prediction, Numeral):
         return "one of the two names a base"
+    if unfinished(gold, prediction):
+        return "work is left to be done"
     kinds = [_KIND[type(reading)] for reading in (gold, prediction)]
     return "another value" if kinds[0] == kinds[1] else f"{kinds[1]}, not {kinds[0]}"
 
@@ -172,6 +175,8 @@ def _holds(left: Reading, sign: str, right: Reading) -> bool:
 def same(gold: Reading, given: Reading) -> bool:
     """Is `given` what `gold` is? Not quite symmetric: gold's form decides what may be left out."""
     gold, given = _exact(gold), _exact(given)
+    if unfinished(gold, given):
+        return False
     if isinstance(gold, Chain) or isinstance(given, Chain):
         return _same_chain(gold, given)
     gold, given = _lone(gold), _lone(given)

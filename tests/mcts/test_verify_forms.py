@@ -196,6 +196,33 @@ def test_a_factorial_of_a_variable_is_judged_in_time(math: MathVerifier) -> None
     check(math, [("n!", "n(n-1)!")], [])
 
 
+def test_a_number_has_to_be_worked_out(math: MathVerifier) -> None:
+    check(
+        math,
+        [("1024", "2^{10}"), (r"-\frac34", r"\frac{3}{-4}"), (r"\frac{1}{1024}", r"\frac{1}{2^{10}}"), ("3/4", r"{3\over4}"), ("18", "(18)"), ("18", "9+9=18"), ("5!", "120"), (r"\log_2 8", "3"), (r"\binom{5}{2}", "10"),
+         (r"\sqrt{17}", "4.123105625617661"), ("4.123105625617661", r"\sqrt{17}")],
+        [("120", "5!"), ("70", r"\dbinom{8}{4}"), ("391", r"17 \cdot 23"), ("26000", "513^2 - 487^2"), ("12", r"\sqrt{36 \times \sqrt{16}}"), ("16", "|(1-i)^8|"), ("3", r"\lceil 2.5 \rceil"), ("256", r"2^{16} \div 16^2"),
+         ("6", r"\log_264"), (r"\frac{38}{35}", r"\frac{2}{7}+\frac{8}{10}"), (r"\frac12", r"\sin 30^\circ"), ("2", r"\sum_{n=0}^{\infty} \frac{1}{2^n}"), ("10", "(9+1)"), ("(391,1)", r"(17 \cdot 23, 1)"), ("x=391", r"x = 17 \cdot 23"), ("18", "19-1=x")],
+    )  # fmt: skip
+
+
+def test_a_constant_has_no_function_that_gold_is_without(math: MathVerifier) -> None:
+    check(
+        math,
+        [(r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}"), (r"11\sqrt2", r"\sqrt{242}"), (r"\log_2 3", r"\frac{\ln 3}{\ln 2}"), (r"\sin 20^\circ", r"\cos 70^\circ"), ("1-e", "-e+1"), (r"\cot x", r"\frac{\cos x}{\sin x}")],
+        [(r"\frac{\sqrt{2}}{2}", r"\sin 45^\circ"), (r"-\frac{\pi}{6}", r"\arcsin(-\frac12)"), ("2i", "|2|i"), (r"24\sqrt2", r"4!\sqrt2")],
+    )  # fmt: skip
+
+
+def test_a_relation_is_no_answer_before_it_is_solved(math: MathVerifier) -> None:
+    check(
+        math,
+        [("x>5", "5<x"), (r"(5,\infty)", "x>5"), ("x=5", "x = 5"), ("x=5", "5"), (r"1\leq|z|\leq 2", r"z \in [-2,-1] \cup [1,2]"), ("2x+4y=6", "x+2y=3"), ("y=2x+3", "2x-y+3=0"), (r"x \ne 3", r"3 \ne x")],
+        [("x>5", "3x-2>13"), (r"(5,\infty)", "3x-2>13"), (r"(-\infty,-3)\cup(2,\infty)", r"\frac{x+3}{x-2}>0"), ("[1,2]", r"x^2-3x+2 \le 0"), (r"x \ne 3", r"x-3 \ne 0"), ("x=5", "2x=10"), ("x=5", "x+1=6"), ("x<1", "-x>-1"), (r"(-\infty,\infty)", "-12x^2+3x-5<0"),
+         (r"x<1 \text{ or } x>2", "x-1<0 or x-2>0")],
+    )  # fmt: skip
+
+
 def test_what_stands_behind_a_formula_is_its_unit_or_it_is_not_read(math: MathVerifier) -> None:
     check(
         math,
@@ -232,7 +259,7 @@ def test_primes_are_part_of_a_name(math: MathVerifier) -> None:
     check(
         math,
         [("f'(x)", "f'(x)"), (r"\frac{A'}{2}", "0.5A'"), ("2x", "f'(x) = 2x")],
-        [("f'(x)", "f(x)"), ("f''(x)", "f'(x)"), ("y'", "y"), ("y", "y'")],
+        [("f'(x)", "f(x)"), ("f''(x)", "f'(x)"), ("y'", "y"), ("18", "18'")],
     )
 
 
@@ -258,7 +285,7 @@ def test_conditions_may_be_united_or_stand_in_a_set(math: MathVerifier) -> None:
         math,
         [(r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \cup x>1"), ("|x|>1", r"x<-1 \cup x>1"), (r"(2,\infty)", r"\{x \mid x>2\}"), (r"(2,\infty)", r"\{x : x > 2\}"), (r"(2,\infty)", r"\left\{x \in \mathbb{R} \mid x > 2\right\}"), (r"[0,1)", r"S = [0,1)"),
          (r"[0,1)\cup(2,3)", r"S=[0,1)\cup(2,3)")],
-        [(r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \cup y>1"), (r"(2,\infty)", r"\{x : x \ge 2\}"), (r"(2,\infty)", r"\{x : y > 2\}"), (r"\{2,3\}", "2:3")],
+        [(r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \cup y>1"), (r"(2,\infty)", r"\{x \mid 2x>4\}"), (r"(2,\infty)", r"\{x : x \ge 2\}"), (r"(2,\infty)", r"\{x : y > 2\}"), (r"\{2,3\}", "2:3")],
     )  # fmt: skip
 
 
