@@ -70,6 +70,8 @@ PROCESSES: Numbers = {
 TERMINAL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """ioctl: TCGETS (isatty), TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. No TIOCSTI, no device."""
 IOCTL = (16, 29)
+SIGNAL_OWNERS = (8, 10, 15)
+"""fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX. They have the kernel send any signal to any process of the user."""
 NEW_NAMESPACES = 0x7E020080
 """clone: CLONE_NEWNS, NEWTIME, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
 
@@ -108,7 +110,7 @@ def filter_program(*, processes: bool, signals: bool, machine: str | None = None
         program += [instruction(AT_LEAST, X32, 0, 1), instruction(RETURN, KILL)]
     for name, numbers in calls.items():
         number = numbers[column]
-        if number is not None and name not in ("clone", "prlimit64"):
+        if number is not None and name not in ("clone", "fcntl", "prlimit64"):
             program += [instruction(EQUAL, number, 0, 1), allow]
     if processes:
         number = PROCESSES["clone"][column]
@@ -120,6 +122,12 @@ def filter_program(*, processes: bool, signals: bool, machine: str | None = None
     # its own limits only: process 0 is the caller
     program += [instruction(EQUAL, number, 0, 4), instruction(LOAD, FIRST)]
     program += [instruction(EQUAL, 0, 0, 1), allow, refuse]
+    number = ALLOWED["fcntl"][column]
+    assert number is not None
+    program += [instruction(EQUAL, number, 0, 2 + 2 * len(SIGNAL_OWNERS)), instruction(LOAD, SECOND)]
+    for command in SIGNAL_OWNERS:
+        program += [instruction(EQUAL, command, 0, 1), refuse]
+    program += [allow]
     program += [instruction(EQUAL, IOCTL[column], 0, 2 + 2 * len(TERMINAL_REQUESTS)), instruction(LOAD, SECOND)]
     for request in TERMINAL_REQUESTS:
         program += [instruction(EQUAL, request, 0, 1), allow]

@@ -188,4 +188,50 @@ HOSTILE = [
             "else None\nwhile True: time.sleep(1000)", TIMEOUT, processes=8),
     hostile("new namespaces by clone", CTYPES + TRY + "attempt(syscall, 56, 0x10000000 | 17, 0, 0, 0, 0)\n"
             "attempt(syscall, 435, b'\\0' * 64, 64)\nattempt(syscall, 272, 0x10000000)", processes=8),
+    # --- it looks for a way that nobody thought of ---
+    hostile("starts itself anew for ever", "import os, sys\nos.execv(sys.executable, [sys.executable, '-S', sys.argv[0]])", TIMEOUT),
+    hostile("moves its CPU limit when told of it", "import resource, signal\ndef more(*_):\n    hard = resource.getrlimit(0)[1]\n"
+            "    resource.setrlimit(0, (hard, hard))\nsignal.signal(signal.SIGXCPU, more)\nwhile True: pass", TIMEOUT),
+    hostile("a chain of children, each with seconds of its own", "import os, time\nif os.fork():\n    while True: time.sleep(100)\n"
+            "while True:\n    end = time.process_time() + 0.3\n    while time.process_time() < end: pass\n"
+            "    if os.fork(): os._exit(0)", TIMEOUT, processes=8),
+    hostile("tells the launcher that it ended well", "import os\nfor fd in range(3, 64):\n    for text in (b'exit 0 0.0 0\\n', b'failed nothing\\n'):\n"
+            "        try: print('ESCAPED', os.write(fd, text))\n        except OSError: pass\nos._exit(3)", EXIT),
+    hostile("asks the kernel to signal the parent", TRY + "import fcntl, os, signal, struct\nr, w = os.pipe()\n"
+            "attempt(fcntl.fcntl, r, 10, signal.SIGKILL)\nattempt(fcntl.fcntl, r, fcntl.F_SETOWN, PARENT)\n"
+            "attempt(fcntl.fcntl, r, 15, struct.pack('ii', 1, PARENT))\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')"),
+    hostile("a setuid copy of the interpreter", TRY + "import os, shutil, sys\nshutil.copyfile(sys.executable, 'python')\n"
+            "os.chmod('python', 0o6755)\nattempt(os.execv, './python', ['./python', '-c', 'print(\"ESCAPED\")'])"),
+    hostile("a library of its own before the real ones", "import os, shutil, sys\nif os.environ.get('LD_PRELOAD'): sys.exit()\n"
+            "with open('evil.so', 'wb') as file: file.write(b'\\x7fELF' + bytes(1000))\n"
+            "os.execve(sys.executable, [sys.executable, '-S', sys.argv[0]], {'LD_PRELOAD': '/scratch/evil.so', 'LD_LIBRARY_PATH': '/scratch'})"),
+    hostile("machine code from a file", TRY + "import mmap, os\nos.makedirs('x')\nwith open('x/code', 'wb+') as file:\n"
+            "    file.write(bytes(4096)); file.flush()\n    attempt(mmap.mmap, file.fileno(), 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)"),
+    hostile("writes into the libraries and its own program", TRY + "import os, sys\nfor path in (sys.executable, os.__file__, sys.argv[0], "
+            "sys.argv[0] + '.stdin', '/etc/ld.so.cache'):\n    attempt(open, path, 'r+b')\n    attempt(os.unlink, path)\n    attempt(os.chmod, path, 0o777)\n"
+            "    attempt(os.rename, path, '/scratch/moved')\n    attempt(os.link, path, '/scratch/linked')"),
+    hostile("moves the scratch folder away", TRY + "import os\nfor act in ((os.rename, '/scratch', '/other'), (os.rmdir, '/scratch'), (os.mkdir, '/other'),"
+            " (os.symlink, '/', '/other'), (os.mkdir, '/lib/other'), (os.mkdir, '/tmp')): attempt(*act)"),
+    hostile("climbs above the root", TRY + "import os\nfor path in ('/' + '../' * 50, '/..', '../' * 50):\n    os.chdir(path)\n"
+            "    print(sorted(os.listdir('.')))\n    attempt(open, '.' + SECRET_FILE)\n    attempt(os.listdir, './home')\n    attempt(os.listdir, './proc')"),
+    hostile("removes the ground under itself", TRY + "import os\nos.makedirs('a/b/c')\nos.chdir('a/b/c')\n"
+            "os.rmdir('/scratch/a/b/c')\nattempt(os.getcwd)\nattempt(open, '../../../../..' + SECRET_FILE)"),
+    hostile("a million names for one file", "import os\nopen('f', 'w').close()\nn = 0\ntry:\n    while True:\n        os.link('f', str(n)); n += 1\n"
+            "except OSError as error: print(error)\nprint('ESCAPED' if n > 2000 else n)"),
+    hostile("a file with a hole of a terabyte", "import os\ntry:\n    os.truncate(os.open('f', 66), 1 << 40)\n    print('ESCAPED')\n"
+            "except OSError as error: print(error)"),
+    hostile("sends a library to its output", "import os, sys\nfile = os.open(sys.executable, 0)\nwhile True: os.sendfile(1, file, 0, 1 << 20)", OUTPUT),
+    hostile("fills the output through a hundred copies of it", "import os\ncopies = [os.dup(1 + k % 2) for k in range(50)]\nwhile True:\n"
+            "    for fd in copies: os.write(fd, b'x' * 4096)", OUTPUT),
+    hostile("floods itself with timers", "import signal\nsignal.signal(signal.SIGALRM, lambda *_: None)\n"
+            "signal.setitimer(0, 1e-6, 1e-6)\nwhile True: pass", TIMEOUT),
+    hostile("children that take turns to write", "import os\nfor _ in range(5): os.fork()\nwhile True: os.write(1, b'x' * 100)", OUTPUT, EXIT, processes=8),
+    hostile("waits for input that never comes", "import os, sys\nsys.stdin.read()\nr, w = os.pipe()\nos.read(r, 1)", TIMEOUT),
+    hostile("leaves by a thread while the main one hangs", "import threading, time, os\nfor _ in range(6):\n    try: threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()\n"
+            "    except RuntimeError: pass\ntime.sleep(100000)", TIMEOUT, processes=8),
+    hostile("reads the memory of its neighbours", CTYPES + TRY + "attempt(syscall, 434, PARENT, 0)\nattempt(syscall, 438, 0, 0, 0)\nattempt(syscall, 312, 1, PARENT, 0, 0, 0)\n"
+            "attempt(syscall, 440, 0, 0, 0, 0, 0)\nattempt(open, '/dev/mem')\nattempt(open, f'/proc/{PARENT}/mem')\nattempt(open, '/proc/1/environ')"),
+    hostile("an abstract name, a packet, a netlink", TRY + "import socket\nfor family in (1, 2, 10, 16, 17, 38, 40):\n    for kind in (1, 2, 3):\n"
+            "        attempt(socket.socket, family, kind)\nattempt(socket.socketpair)"),
+    hostile("says that it needed memory", "import sys\nsys.stderr.write('MemoryError\\n')\nsys.exit(1)", MEMORY),
 ]  # fmt: skip

@@ -328,6 +328,24 @@ def test_limits_hold_without_namespaces_too(program: str, outcome: Outcome) -> N
     assert children(os.getpid()) == before
 
 
+def test_no_process_outside_is_signalled_through_a_pipe_without_namespaces() -> None:
+    if not sys.platform.startswith("linux") or filter_program(processes=False, signals=False) is None:
+        pytest.skip("no system call filter for this machine")
+    with subprocess.Popen(["sleep", "1000"]) as victim:
+        program = (
+            "import fcntl, os\nr, w = os.pipe()\n"
+            f"for command, value in ((10, 9), (8, {victim.pid}), (4, os.O_ASYNC)):\n"
+            "    try: fcntl.fcntl(r, command, value)\n    except OSError as error: print(error.errno)\n"
+            "os.write(w, b'x')"
+        )
+        run = Sandbox(Limits(cpu_seconds=1), "rlimits_only").run(program)
+        time.sleep(0.2)
+        alive = victim.poll() is None
+        victim.kill()
+    assert alive, run
+    assert run.stdout == b"38\n38\n"
+
+
 def test_filters_are_made_for_both_machines_and_only_those() -> None:
     sizes = set()
     for machine in ("x86_64", "aarch64"):
