@@ -31,7 +31,7 @@ _THOUGHT_ENDS = ("</think>", "</thinking>", "<|end_of_thought|>")
 _THOUGHT_STARTS = ("<think>", "<thinking>", "<|begin_of_thought|>")
 _FINAL = re.compile(r"\bfinal\s+answer\b", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\banswer\s*(?:\*\*)?\s*(?:(?:is|are)(?!\w)|=|:|(?=\$|\\\(|\\\[))(?:\s*(?:\*\*|:))*"
+    r"\banswer\s*(?:\*\*\s*)?(?:(?:is|are)(?!\w)|=|:|(?=\$|\\\(|\\\[))(?:\s*(?:\*\*|:))*"
     r"\s*(?:(?:therefore|thus|simply|just|for sure|definitely|clearly|option|choice)\s+)?",
     re.IGNORECASE,
 )
@@ -41,7 +41,7 @@ _JOINT = re.compile(
     r"(?:[A-Za-z](?:_\{?\w\}?)?\s*=\s*)?"
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)|<\|")
-_HOPE = re.compile(r"[.,]?\s*I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
+_HOPE = re.compile(r"[.,]?(?<!\s)\s*I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
 _NUMBERS = re.compile(
     r"(?<![\w.])[-−]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\s+\d+/\d+|\d+/\d+|\d*\.?\d+(?:[eE][+-]?\d+)?)(?:\s?\\?%)?(?![\d/_]|\.\.|[A-Za-z]\d|(?![ghlmsL])[A-Za-z]\b)"
 )
@@ -98,7 +98,7 @@ def _last(text: str, words: tuple[str, ...]) -> int:
 
 def _by_marker(text: str, kind: str) -> Extracted | Refusal:
     boxed = _boxes(text)
-    hashed = _different([_line(part) for part in text.split("####")[1:]][-MAX_BOXES:])
+    hashed = _different([_line(part) for part in text.split("####")[1:][-MAX_BOXES:]])
     if boxed is not None:
         if isinstance(boxed, Extracted) and hashed and hashed != [_squeezed(boxed.answer)]:
             return Refusal("the box and the #### line differ", marked=True)

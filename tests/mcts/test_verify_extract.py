@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mcts.verify.extract import Extracted, Refusal, extract, find_answer
@@ -87,6 +89,18 @@ def test_no_marker_or_several_candidates_are_no_answer(text: str, kind: str, why
     found = find_answer(text, kind)
     assert isinstance(found, Refusal)
     assert why in found.why
+
+
+@pytest.mark.parametrize("kind", ["math", "number", "choice", "exact"])
+@pytest.mark.parametrize(
+    "text",
+    ["answer" + " " * 100_000, ("#### a" + " " * 1990 + "b\n") * 100, "answer is" + " **:" * 50_000],
+    ids=["spaces", "lines", "stars"],
+)
+def test_white_space_without_end_is_read_in_one_pass(text: str, kind: str) -> None:
+    began = time.process_time()
+    find_answer(text, kind)
+    assert time.process_time() - began < 1.0
 
 
 def test_an_unknown_kind_is_said() -> None:
