@@ -41,7 +41,7 @@ def as_set(reading: Reading) -> sympy.Set | None:
         ends = [value(item) for item in reading.items]
         if any(end is None or not end.is_extended_real or end.free_symbols for end in ends):
             return None
-        left, right = ends
+        left, right = (end for end in ends if end is not None)
         if (left == -sympy.oo and reading.left == "[") or (right == sympy.oo and reading.right == "]"):
             return None
         if left > right:
