@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mcts.engines.kinds import check_kind
 from mcts.engines.model import check_device, check_folder
 from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
@@ -235,6 +236,8 @@ def check_parts(config: Config) -> None:
         check_device(config.model.device)
     if config.model.path is not None:
         check_folder(config.model.path, config.engine.max_context)
+        served = config.engine.max_context if config.engine.kind == "torch" else None
+        check_kind(config.model.path, attention=config.model.attention, served=served)
     else:
         task.vocabulary()
         check_architecture(config.model.fresh, config.engine.max_context)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcts.engines import adapters
+from mcts.engines.kinds import check_attention, check_served
 from mcts.engines.model import DTYPES, ModelError, resolve
 from mcts.engines.value_head import ValueHead
 from mcts.tasks import load_task
@@ -153,13 +154,17 @@ def _shortly(error: Exception) -> str:
 
 
 def shape_of(config: Config) -> Shape:
-    """Sizes of the run's model and of what training it takes. Raises PlanError."""
+    """Sizes of the run's model and of what training it takes. Raises PlanError; ModelError for one of a kind that
+    cannot be served or trained here."""
     found = architecture(config)
     dtype = config.model.dtype
     low = config.learn.precision == "bfloat16"
     try:
         model = meta_model(found, dtype)
+        _check_kind(config, type(model), found)
         activation = autocast_activation_bytes(found, dtype) if low else activation_bytes(model)
+    except ModelError:
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
         what = _shortly(error)
         raise PlanError(f"no causal language model can be planned from this architecture: {what}") from error
@@ -204,6 +209,13 @@ def shape_of(config: Config) -> Shape:
         positions=int(getattr(found, "max_position_embeddings", 0) or 0),
         activation=activation,
     )
+
+
+def _check_kind(config: Config, kind: Any, found: Any) -> None:
+    """Raise ModelError for a model of class `kind` that a launch would refuse."""
+    if config.engine.kind == "torch":
+        check_served(kind, found, config.engine.max_context)
+    check_attention(kind, config.model.attention)
 
 
 def meta_model(found: Any, dtype: str) -> Any:

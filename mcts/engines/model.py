@@ -180,6 +180,21 @@ def context_of(path: str | Path) -> int | None:
     return next((int(config[name]) for name in _POSITIONS if config.get(name)), None)
 
 
+def described(path: str | Path) -> Any:
+    """The transformers config of a model, or of the base of an adapter; loads no weights. Raises ModelError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    folder, _ = _folders(path, None)
+    if not (folder / "config.json").is_file():
+        return described(_base_of(folder))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}/config.json describes no model that transformers knows: {said}") from error
+
+
 def _base_of(folder: Path) -> str:
     try:
         return adapters.base_of(folder)
@@ -191,7 +206,7 @@ def load_policy(
     path: str | Path,
     device: str = "cpu",
     dtype: str = "float32",
-    attn: str = "sdpa",
+    attn: str | None = None,
     head: str | Path | None = None,
     *,
     merge: bool = True,
@@ -200,8 +215,9 @@ def load_policy(
     a plain Hugging Face folder or name, whose head may be given as `head` or lie in the folder. Nothing is ever
     downloaded, and no weights are unpickled.
 
-    `attn` is transformers' name of the attention for plain forwards ("sdpa", "eager", "flash_attention_2"). A folder
-    that holds a LoRA adapter is loaded onto its base, and merged into its weights unless `merge` is false.
+    `attn` is transformers' name of the attention for plain forwards ("sdpa", "eager", "flash_attention_2"); None: sdpa,
+    or eager for a model that has none. A folder that holds a LoRA adapter is loaded onto its base, and merged into its
+    weights unless `merge` is false.
     """
     from transformers.utils import logging
 
@@ -250,7 +266,7 @@ def _told_if_loaded() -> Iterator[None]:
         logger.handle(record)
 
 
-def _load(folder: Path, dtype: str, attn: str) -> tuple[Any, Any]:
+def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     try:

@@ -72,6 +72,9 @@ def attend(
             tuple[Tensor, Tensor | None],
             sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs),
         )
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise RuntimeError(f"its attention has a {name}")
     out = fused(query, key, scaling) if query.is_cuda else products(query, key, scaling)
     return out.transpose(1, 2), None
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
-from mcts.engines.model import Policy, cache_name
+from mcts.engines.kinds import WHY, check_layers, check_served
+from mcts.engines.model import ModelError, Policy, cache_name
 from mcts.engines.torch_forward import ATTENTION, Forward
 
 _TOKENS = 12
 _CHUNKS, _CHUNKS_GPU = 4, 32
 """Most chunks in one prefill forward on a CPU, and on a GPU."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.5}
-_WHY = "the torch engine serves decoders with full causal attention only; use the server engine for this model"
 
 
 def _example(policy: Policy, context: int) -> Tensor:
@@ -29,30 +29,27 @@ def _example(policy: Policy, context: int) -> Tensor:
 def examine(policy: Policy, context: int) -> tuple[tuple[int, int, int], Tensor]:
     """((layers, KV heads, head size), log-probabilities [2, T, V] of `_example` by a plain forward).
 
-    Raises ValueError where the model's attention is of a kind that the engine cannot serve.
+    Raises ModelError where the model's attention is of a kind that the engine cannot serve.
     """
     model: Any = policy.model
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use transformers' attention interface: {_WHY}")
+    check_served(type(model), model.config, context)
     if model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no output embeddings: {_WHY}")
+        raise ModelError(f"{name} has no output embeddings: {WHY}")
     out = model(_example(policy, context), use_cache=True)
     cache = getattr(out, cache_name(policy.model))
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise ValueError(f"{name} has sliding-window or recurrent layers: {_WHY}")
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and window < context and getattr(model.config, "use_sliding_window", True):
-        raise ValueError(f"{name} has a sliding window of {window} tokens: {_WHY}")
+    if not isinstance(cache, DynamicCache):
+        raise ModelError(f"{name} keeps no keys and values: {WHY}")
+    check_layers(name, cache, context)
     shapes = {tuple(t.shape) for layer in cache.layers for t in (layer.keys, layer.values)}
     if len(shapes) != 1:
-        raise ValueError(f"{name}: keys and values differ in shape between layers: {_WHY}")
+        raise ModelError(f"{name}: keys and values differ in shape between layers: {WHY}")
     _, heads, _, size = shapes.pop()
     return (len(cache.layers), heads, size), torch.log_softmax(out.logits.float(), -1)
 
 
 def check_equal(policy: Policy, forward: Forward, k: int, expected: Tensor) -> None:
-    """Raise ValueError unless decoding `_example` token by token gives the log-probabilities `expected`."""
+    """Raise ModelError unless decoding `_example` token by token gives the log-probabilities `expected`."""
     name = type(policy.model).__name__
     count = expected.shape[1]
     example = np.zeros((k, count), dtype=np.int64)
@@ -63,13 +60,13 @@ def check_equal(policy: Policy, forward: Forward, k: int, expected: Tensor) -> N
         for t in range(count):
             hidden = forward.decode(example[:, t], np.full(k, t))
             if forward.cache.calls != forward.cache.num_layers:
-                raise ValueError(f"{name} bypassed the engine's cache in some layer: {_WHY}")
+                raise ModelError(f"{name} bypassed the engine's cache in some layer: {WHY}")
             got.append(torch.log_softmax(policy.unembed(hidden[:2]).float(), -1))
     except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot run on the engine's cache ({error}): {_WHY}") from error
+        raise ModelError(f"{name} cannot run on the engine's cache ({error}): {WHY}") from error
     gap = (torch.stack(got, 1) - expected).abs().max().item()
     if not gap <= _TOLERANCE[policy.model.dtype]:
-        raise ValueError(f"{name}: log-probabilities are off by {gap:.2g} with shared keys and values: {_WHY}")
+        raise ModelError(f"{name}: log-probabilities are off by {gap:.2g} with shared keys and values: {WHY}")
 
 
 def row_ladder(rows: int) -> list[int]:

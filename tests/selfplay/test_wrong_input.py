@@ -314,3 +314,18 @@ def test_no_memory_left_is_said_in_one_sentence(
 def test_how_much_memory_was_lacking_is_said_where_it_is_known(error: Exception, says: str) -> None:
     assert says in out_of_memory(error)
     assert bool(says) == bool(out_of_memory(error))
+
+
+def test_a_model_that_cannot_be_served_is_told_before_anything_is_written(
+    told: Told, config: Path, tmp_path: Path
+) -> None:
+    from transformers import MistralConfig
+
+    save_model(tmp_path / "model")
+    folder = tmp_path / "model" / "policy"
+    MistralConfig(max_position_embeddings=512, sliding_window=16, hidden_size=32).save_pretrained(folder)
+    for how in (("--run-dir", tmp_path / "run"), ("--dry-run",)):
+        code, line = told("launch", config, *how, f"model.path={folder}")
+        assert code == 2
+        assert "sliding window of 16 tokens" in line
+    assert not (tmp_path / "run").exists()
