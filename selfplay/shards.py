@@ -24,6 +24,7 @@ from pyarrow import ipc
 
 from selfplay.columns import pick, project, project_schema, select
 from selfplay.disk import sync_path
+from selfplay.errors import SettingError
 from selfplay.schema import (
     MAX_BATCH_ROWS,
     SCHEMA,
@@ -47,6 +48,10 @@ _FOLDER = re.compile(r"iteration=(\d+)")
 
 class ShardError(RuntimeError):
     """A shard that cannot be written, committed or trusted; the message names it and says what to do."""
+
+
+class NoShards(ShardError, SettingError):
+    """A path that leads to no shards: exit code 2, as for any other wrong path."""
 
 
 class ShardExists(ShardError):
@@ -76,11 +81,11 @@ def list_shards(path: Path, first: int | None = None, last: int | None = None) -
     """
     if path.is_file():
         if path.suffix != SUFFIX:
-            raise ShardError(f"{path} is no shard (*{SUFFIX}); give a run folder, a folder of shards or one shard")
+            raise NoShards(f"{path} is no shard (*{SUFFIX}); give a run folder, a folder of shards or one shard")
         return [path]
     if not path.is_dir():
         state = "is neither file nor folder" if path.exists() else "does not exist"
-        raise ShardError(f"{path} {state}; give a run folder, a folder of shards or one shard")
+        raise NoShards(f"{path} {state}; give a run folder, a folder of shards or one shard")
     root = path / "traces" if (path / "traces").is_dir() else path
     others = {"pending", KIND}
     found = [(shard_key(p), p) for p in root.rglob(f"*{SUFFIX}") if others.isdisjoint(p.relative_to(root).parts)]

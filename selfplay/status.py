@@ -25,7 +25,7 @@ from selfplay.config import load_config
 from selfplay.heartbeat import BEAT_SECONDS, FILE, parse
 from selfplay.run_folder import RunError, read_metrics
 from selfplay.shards import list_shards
-from selfplay.store import local_copy
+from selfplay.store import local_copy, no_run
 
 SILENT_SECONDS = 10 * BEAT_SECONDS
 """Ten beats missed is more than load and the caches of a shared disk explain."""
@@ -222,7 +222,7 @@ def read_run(run: Path) -> dict[str, Any]:
         if not isinstance(facts["id"], str) or not isinstance(facts["epoch"], int):
             raise TypeError("id or epoch is of the wrong kind")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"{run} holds no run (no run.json); give the folder that `selfplay launch` named") from error
+        raise no_run(run) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run / 'run.json'} is damaged; restore it from a copy") from error
     return facts

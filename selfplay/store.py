@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from selfplay.errors import SettingError
+
 PENDING = "pending"
 PROOF = "proof.txt"
 
 
 class RunError(RuntimeError):
     """A run that cannot be read or written; the message is one sentence that says what to do."""
+
+
+class NoRun(RunError, SettingError):
+    """There is no run where a user said that one is: exit code 2, as for any other wrong path."""
 
 
 class Fenced(RunError):
@@ -217,6 +223,12 @@ def open_home(url: str, *, create: bool) -> Home:
     from selfplay.store_disk import DiskHome
 
     return DiskHome(Path(url), create=create)
+
+
+def no_run(url: str | Path) -> NoRun:
+    """Said of a path or URL that was given for a run."""
+    given = "URL" if is_remote(str(url)) else "folder"
+    return NoRun(f"{url} holds no run (no run.json); give the {given} that `selfplay launch` named")
 
 
 def not_empty(url: str, names: Sequence[str]) -> RunError:

@@ -31,6 +31,7 @@ from selfplay.store import (
     created_by_another,
     guard,
     holds_one,
+    no_run,
     not_empty,
     unique,
 )
@@ -200,7 +201,7 @@ class DiskHome:
             if strange and not (self.root / "run.json").exists():
                 raise not_empty(self.url, strange)
         elif not (self.root / "run.json").exists():
-            raise RunError(f"{self.root} holds no run (no run.json); give the folder that `selfplay launch` named")
+            raise no_run(self.root)
         self._lock = _hold(self.root)
 
     def read(self, name: str) -> str | None:

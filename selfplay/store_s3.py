@@ -28,6 +28,7 @@ from selfplay.shards import ShardError, iter_batches
 from selfplay.store import (
     PENDING,
     Fenced,
+    NoRun,
     Place,
     RunError,
     Store,
@@ -35,6 +36,7 @@ from selfplay.store import (
     created_by_another,
     guard,
     holds_one,
+    no_run,
     not_empty,
     unique,
 )
@@ -227,7 +229,7 @@ class S3Home:
                 f"{self.url} holds no run: its launch is under way or was killed; `selfplay launch` it again"
             )
         if not create and text is None:
-            raise RunError(f"{self.url} holds no run (no run.json); give the URL that `selfplay launch` named")
+            raise no_run(self.url)
 
     def read(self, name: str) -> str | None:
         if name == RUN:
@@ -283,7 +285,7 @@ def mirror_of(url: str, prefixes: Sequence[str], *, whole: bool = False) -> Path
         root, _, last = root.rpartition("/")
         inside = f"{last}/{inside}".rstrip("/")
     else:
-        raise RunError(f"there is no run at {url}; give the URL that `selfplay launch` named")
+        raise NoRun(f"there is no run at {url}; give the URL that `selfplay launch` named")
     mirror = Mirror(bucket, json.loads(facts)["id"])
     for wanted in (RUN, "config.yaml", *([inside] if inside else prefixes or [""])):
         name = wanted

@@ -16,6 +16,7 @@ from selfplay.doctor.findings import RESTORE, Finding
 from selfplay.loop import last_good
 from selfplay.run_folder import RunError
 from selfplay.status import read_run
+from selfplay.store import no_run
 
 _OWNED = re.compile(r"(epoch|building)-(\d{5,})")
 NEEDED = ("iteration", "policy_version", "wall_seconds")
@@ -75,7 +76,7 @@ def read_documents(run: Path) -> tuple[Documents, list[Finding]]:
     documents = Documents(run)
     findings: list[Finding] = []
     if not any((run / name).exists() for name in ("run.json", "config.yaml", "metrics.jsonl", "traces", "checkpoints")):
-        raise RunError(f"{run} holds no run (no run.json); give the folder that `selfplay launch` named")
+        raise no_run(run)
     try:
         documents.facts = read_run(run)
     except RunError as error:

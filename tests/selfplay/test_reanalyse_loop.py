@@ -119,7 +119,7 @@ def test_the_command_scores_a_run_once(
     assert (code, err) == (2, f"error: {copy} has no checkpoint 9; it keeps 0, 1, 2\n")
     code, _, err = command(tmp_path)
     assert (code, err) == (
-        1,
+        2,
         f"error: {tmp_path} holds no run (no run.json); give the folder that `selfplay launch` named\n",
     )
 

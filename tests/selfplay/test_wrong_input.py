@@ -108,7 +108,7 @@ def test_what_is_no_shard_is_not_called_a_damaged_one(
     monkeypatch.chdir(config.parent)
     for path, says in ((config, "is no shard"), (Path("/dev/null"), "is neither file nor folder")):
         code, error = told(command[0], path, *command[1:])
-        assert code == 1
+        assert code == 2
         assert says in error
 
 
@@ -329,3 +329,11 @@ def test_a_model_that_cannot_be_served_is_told_before_anything_is_written(
         assert code == 2
         assert "sliding window of 16 tokens" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "status", "doctor", "resume", "reanalyse"])
+def test_a_run_that_is_not_there_is_wrong_input(command: str, config: Path, tmp_path: Path, told: Told) -> None:
+    for path in (tmp_path / "nowhere", config):
+        code, error = told(command, path)
+        assert code == 2
+        assert str(path) in error
