@@ -63,6 +63,8 @@ def export_prm(path: Path, out: Path, *, approximate: bool = False) -> dict[str,
     """
     if out.exists():
         raise PrmError(f"{out} exists already; move it away or choose another --out")
+    if path.is_dir() and not any((path / name).exists() for name in ("run.json", "state.json")):
+        raise PrmError(f"{path} is no run and no checkpoint of one; give one of these, for its value head")
     source = find_source(str(path))
     policy = load_policy(source.policy, head=source.value_head)
     head = policy.head

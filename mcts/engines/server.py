@@ -129,7 +129,9 @@ class ServerEngine:
         if len(prompt_ids) < 1 or max_new_tokens < 1:
             raise ValueError("a search needs a prompt of at least one token and a budget of at least one token")
         if len(prompt_ids) >= self.context:
-            raise EngineFull(f"a prompt of {len(prompt_ids)} tokens leaves no room in a context of {self.context}")
+            raise EngineFull(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room in a context of {self.context}: raise max_context"
+            )
         if need > self.kv_slots:
             raise EngineFull(
                 f"the search may need {need} tokens and the engine reserves {self.kv_slots}: raise kv_slots or lower "

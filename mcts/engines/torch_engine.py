@@ -111,7 +111,9 @@ class TorchEngine:
         if len(prompt) < 1 or max_new_tokens < 1:
             raise ValueError("a search needs a prompt of at least one token and a budget of at least one token")
         if len(prompt) >= self.context:
-            raise EngineFull(f"a prompt of {len(prompt)} tokens leaves no room in a context of {self.context}")
+            raise EngineFull(
+                f"a prompt of {len(prompt)} tokens leaves no room in a context of {self.context}: raise max_context"
+            )
         if need > self._pool.size:
             raise EngineFull(
                 f"the search may need {need} KV slots and the engine has {self._pool.size}: raise kv_slots or "

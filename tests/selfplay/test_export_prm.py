@@ -130,3 +130,9 @@ def test_the_fit_finds_a_head_that_is_linear() -> None:
     figures = measure(logits, linear(hidden)[:, 0].detach(), states)
     assert figures["max_error"] < 0.02
     assert figures["correlation"] > 0.999
+
+
+def test_a_bare_model_has_no_head_to_export_and_needs_no_task_to_be_told_so(tmp_path: Path) -> None:
+    save_policy(make_policy(), tmp_path / "model")
+    with pytest.raises(PrmError, match="is no run and no checkpoint of one"):
+        export_prm(tmp_path / "model" / "policy", tmp_path / "prm")
