@@ -14,6 +14,7 @@ from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
 from selfplay.errors import Interrupted, NonFiniteLoss, UserError
+from selfplay.fits import check_prompts
 from selfplay.fleet import Evaluated
 from selfplay.fresh import check_architecture
 from selfplay.objectives import Need, build_objective
@@ -238,6 +239,7 @@ def check_parts(config: Config) -> None:
         check_folder(config.model.path, config.engine.max_context)
         served = config.engine.max_context if config.engine.kind == "torch" else None
         check_kind(config.model.path, attention=config.model.attention, served=served)
+        check_prompts(config, task)
     else:
         task.vocabulary()
         check_architecture(config.model.fresh, config.engine.max_context)

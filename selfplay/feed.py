@@ -50,10 +50,10 @@ class Feed:
     def _make(self) -> list[Item]:
         examples = list(islice(self._stream, self.size))
         found = self._encode(examples) if examples else []
-        longest = max(map(len, found), default=0)
-        if longest > self._max_length:
-            raise UserError(
-                f"a worked example of {longest} tokens is longer than engine.max_context ({self._max_length}): raise "
-                "it, or leave out such examples"
-            )
+        for example, item in zip(examples, found, strict=True):
+            if len(item) > self._max_length:
+                raise UserError(
+                    f"the worked example of {example.problem.id} has {len(item)} tokens, more than "
+                    f"engine.max_context ({self._max_length}): raise it, or leave out such examples"
+                )
         return found

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mcts.engines.prompt_ids import chat_ids
 from mcts.tasks.base import Example
 from mcts.tree import NO_PARENT, ROOT, Tree
 from mcts.types import Float32, Int32, Kind, Message, Status, Step
@@ -285,11 +286,7 @@ class ExampleEncoder:
             return ids
         if isinstance(prompt, str):
             return self._prompts[prompt]
-        messages = [dict(message) for message in prompt]
-        turned: list[int] = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return turned
+        return chat_ids(self._tokenizer, prompt)
 
     def _item(self, example: Example) -> Item:
         if len(example.values) != len(example.steps) + 1:

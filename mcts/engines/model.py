@@ -286,6 +286,11 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
     return model, _tokenizer(folder)
 
 
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model; loads nothing big."""
+    return _tokenizer(_folders(path, None)[0])
+
+
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mcts.engines.prompt_ids import prompt_ids
 from mcts.types import Int32, Message, SettingError
 
 
@@ -39,15 +40,7 @@ class Text:
 
     def encode(self, prompt: str | Sequence[Message]) -> Int32:
         """Token ids of a prompt as it will be sent, int32 [P]; ValueError where it is empty."""
-        if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        elif getattr(self._tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template: give the prompt as text")
-        else:
-            messages = [dict(message) for message in prompt]
-            ids = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+        ids = prompt_ids(self._tokenizer, prompt)
         if not ids:
             raise ValueError("the prompt is empty: it must hold at least one token")
         return np.asarray(ids, dtype=np.int32)

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcts.engines.model import Policy
+from mcts.engines.model import ModelError, Policy
+from mcts.engines.prompt_ids import chat_ids
 from mcts.engines.torch_rows import DELIMITER, EOS, RUNNING
 from mcts.types import Int32, Message
 
@@ -37,7 +38,8 @@ _BROKEN = "\ufffd"
 class Codec:
     """A policy's tokenizer and its step delimiter (see the module on where a step ends).
 
-    Raises ValueError for a delimiter that the tokenizer cannot write, and for a model without an EOS token.
+    Raises ModelError for a delimiter that the tokenizer cannot write, and for a model without an EOS token or with one
+    that it has no output for.
     """
 
     def __init__(self, policy: Policy, delimiter: str) -> None:
@@ -50,15 +52,20 @@ class Codec:
         self.delimiter = delimiter
         ids = policy.tokenizer(delimiter, add_special_tokens=False)["input_ids"]
         if not delimiter or not ids or self._unknown in ids:
-            raise ValueError(f"the tokenizer cannot write the step delimiter {delimiter!r}: choose another one")
+            raise ModelError(f"the tokenizer cannot write the step delimiter {delimiter!r}: choose another one")
         eos_ids = policy.eos_ids
         if not eos_ids:
-            raise ValueError("the model has no EOS token: set eos_token in its tokenizer")
+            raise ModelError("the model has no EOS token: set eos_token in its tokenizer")
         if self._unknown in eos_ids:
             self._unknown = None  # GPT-2 has one token for both
         self.delimiter_ids: Int32 = np.asarray(ids, dtype=np.int32)
         """The delimiter as the tokenizer writes it; the policy may draw it in other ways."""
         size = policy.model.get_output_embeddings().weight.shape[0]
+        if max(eos_ids) >= size:
+            raise ModelError(
+                f"the generation config ends a text at token {max(eos_ids)} and the model has {size}: correct its "
+                "eos_token_id"
+            )
         self._codes: Codes = np.full(size, RUNNING, dtype=np.int8)
         self._may_end = np.zeros(size, dtype=np.bool_)
         """Tokens that may complete a delimiter together with those before them."""
@@ -114,7 +121,7 @@ class Codec:
                     raise
                 raise ValueError(f"the prompt {prompt!r} holds words that the tokenizer does not know") from error
         else:
-            ids = self._chat(prompt)
+            ids = chat_ids(self._tokenizer, prompt)
         if not ids:
             raise ValueError("the prompt is empty: it must hold at least one token")
         if self._unknown is not None and self._unknown in ids:
@@ -126,22 +133,6 @@ class Codec:
         rust = self._encoder
         direct = rust is not None and rust.truncation is None and rust.padding is None
         ids: list[int] = rust.encode(prompt).ids if direct else self._tokenizer(prompt)["input_ids"]
-        return ids
-
-    def _chat(self, prompt: Sequence[Message]) -> list[int]:
-        from jinja2 import TemplateError
-
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template: give the prompt as text")
-        messages = [dict(message) for message in prompt]
-        try:
-            ids: list[int] = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"the model's chat template refuses these messages ({error}): change their roles"
-            ) from error
         return ids
 
     def decode(self, token_ids: Int32) -> str:

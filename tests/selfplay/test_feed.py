@@ -62,5 +62,5 @@ def test_an_example_that_is_too_long_is_named_where_it_is_taken() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert len(list(itertools.chain(short.take()))) == 3
         short.look_ahead(pool)
-        with pytest.raises(UserError, match=r"example of 6 tokens is longer than engine.max_context \(4\)"):
+        with pytest.raises(UserError, match=r"example of 4 has 5 tokens, more than engine.max_context \(4\)"):
             short.take()
