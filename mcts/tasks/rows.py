@@ -23,8 +23,9 @@ SPLIT_NAMES = {
 }  # fmt: skip
 """What a file's stem or a split column may say -> the split."""
 SUFFIXES = (".jsonl", ".json")
-_PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
-"""An escaped brace, or a named place of a template. Other braces (LaTeX has many) are plain text."""
+_PLACE = re.compile(r"\{\{|\}\}|\{([^\W\d][\w .-]*)\}")
+"""An escaped brace, or a named place of a template: letters of any script, digits, "_", "-", "." and blanks, the first
+a letter or "_". Other braces (LaTeX has many) are plain text."""
 
 
 class BadRow(TaskSettingError):

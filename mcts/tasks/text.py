@@ -64,6 +64,7 @@ class TextTask:
             raise TaskSettingError(f"{name}: kind must be one of {', '.join(KINDS)}, not {self.settings.kind!r}")
         self._files = find_files(name, self.settings)
         self._prompts = Prompts(name, self.settings)
+        self._check_hidden()
         self._verifier = load_verifier(**self.settings.verifier)
         self._data: Data | None = None
         self._problems: dict[str, tuple[Problem, ...]] = {}
@@ -173,8 +174,27 @@ class TextTask:
         if set(names) <= {"question"}:
             return []
         specs = [self._role(name) if name in self.roles else name for name in names]
-        columns = [column for spec in specs for column in (places(spec) if "{" in spec else [spec])]
+        columns = [column for spec in specs for column in self._parts(spec)]
         return list(dict.fromkeys(columns))
+
+    def _check_hidden(self) -> None:
+        """Raise TaskSettingError where every column that gold or a solution is made of is shown in the prompt. A column
+        named solution that no field calls so may be shown: a solution to be judged, for example."""
+        names = [
+            self._role(name) if name in ("question", "options") else name for name in places(self.settings.template)
+        ]
+        shown = {column for name in names for column in self._parts(name)}
+        for role in ("answer", "solution"):
+            spec = self._role(role)
+            if (role == "answer" or role in self.settings.fields) and shown.issuperset(self._parts(spec)):
+                raise TaskSettingError(
+                    f"{self.name}: the prompt shows the {role} ({spec}): take it out of template, or of fields.question"
+                )
+
+    @staticmethod
+    def _parts(spec: str) -> list[str]:
+        """The columns that a field is made of."""
+        return places(spec) if "{" in spec else [spec]
 
     def _role(self, role: str) -> str:
         return self.settings.fields.get(role, role)
@@ -192,10 +212,12 @@ class TextTask:
             raise row.refuse(f"the id {id!r} is that of row {other.number} of {other.file} already")
         answer = self.gold(row)
         stated = self.final(answer)
-        if "\n" in answer or self.answer_in(stated) is None:
+        said = None if "\n" in answer else self.answer_in(stated)
+        if said != answer:
             shown = stated if len(stated) <= 80 else stated[:77] + "..."
             kind = self.settings.kind
-            raise row.refuse(f"no answer of kind {kind!r} is read back from {shown!r}: correct it, `kind` or `final`")
+            what = f"no answer of kind {kind!r}" if said is None else f"another answer ({said[:80]!r})"
+            raise row.refuse(f"{what} is read back from {shown!r}: correct it, `kind` or `final`")
         worked = Worked(
             id=id,
             question=question,

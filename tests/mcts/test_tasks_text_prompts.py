@@ -29,6 +29,31 @@ def test_a_template_is_filled_once() -> None:
     assert places(r"{b} \boxed{} {{c}} {a} {b}") == ["b", "a"]
 
 
+def test_a_place_may_have_a_name_in_any_script() -> None:
+    assert places("{Größe} {k-v} {q.text} {問題} {1} {-} { a}") == ["Größe", "k-v", "q.text", "問題"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "role"),
+    [
+        ({"template": "{question} {answer}"}, "answer"),
+        ({"template": "{question} {result}", "fields": {"answer": "result"}}, "answer"),
+        ({"fields": {"question": "{text} {result}", "answer": "result"}}, "answer"),
+        ({"template": "{question} {working}", "fields": {"solution": "working"}}, "solution"),
+        ({"name": "choice", "template": "{question} {options} {correct}"}, "answer"),
+    ],
+)
+def test_a_prompt_that_shows_gold_is_refused(settings: dict[str, Any], role: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskSettingError, match=f"the prompt shows the {role}"):
+        load_task(**{"name": "jsonl", "path": str(tmp_path / "a.jsonl"), **settings})
+
+
+def test_a_prompt_may_show_a_part_of_gold_and_a_solution_that_is_none(tmp_path: Path) -> None:
+    fields = {"answer": "{number} {unit}"}
+    load_task("jsonl", path=str(tmp_path / "a.jsonl"), fields=fields, template="{question} In {unit}.")
+    load_task("jsonl", path=str(tmp_path / "a.jsonl"), template="{question} Is this right? {solution}")
+
+
 def test_a_chat_prompt_is_messages_and_a_plain_one_is_text(tmp_path: Path) -> None:
     folder = gsm8k_folder(tmp_path)
     chat = load("gsm8k", path=folder, chat=True, system="Be brief.", few_shot=1).problems("heldout")[0]
