@@ -221,6 +221,12 @@ def test_a_gold_answer_that_no_text_could_state_is_a_bad_row(
     assert "\n" not in str(refusal.value)
 
 
+def test_a_gold_answer_that_is_read_back_as_another_one_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"question": "How many?", "answer": "#### 5"}])
+    with pytest.raises(TaskSettingError, match=r"row 1 of .*: another answer \('5\.'\) is read back from "):
+        load("jsonl", path=path, verifier="number").problems("train")
+
+
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", [{"question": "x", "answer": ""}, "oops", *plain(30)])
     task = load("jsonl", path=path, bad_rows="skip", dev_share=0.2)
