@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcts.engines import adapters
-from mcts.engines.kinds import check_attention, check_served
+from mcts.engines.kinds import check_attention, check_served, check_text
 from mcts.engines.model import DTYPES, ModelError, resolve
 from mcts.engines.value_head import ValueHead
 from mcts.tasks import load_task
@@ -161,6 +161,7 @@ def shape_of(config: Config) -> Shape:
     low = config.learn.precision == "bfloat16"
     try:
         model = meta_model(found, dtype)
+        found = model.config
         _check_kind(config, type(model), found)
         activation = autocast_activation_bytes(found, dtype) if low else activation_bytes(model)
     except ModelError:
@@ -213,6 +214,7 @@ def shape_of(config: Config) -> Shape:
 
 def _check_kind(config: Config, kind: Any, found: Any) -> None:
     """Raise ModelError for a model of class `kind` that a launch would refuse."""
+    check_text(kind)
     if config.engine.kind == "torch":
         check_served(kind, found, config.engine.max_context)
     check_attention(kind, config.model.attention)

@@ -17,6 +17,7 @@ def check_kind(path: str | Path, *, attention: str, served: int | None) -> None:
     engine serves in a context of `served` tokens (None: it need not)."""
     config = described(path)
     kind = kind_of(config)
+    check_text(kind)
     if served is not None:
         check_served(kind, config, served)
     check_attention(kind, attention)
@@ -29,6 +30,12 @@ def kind_of(config: Any) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"transformers has no causal language model of type {config.model_type}: choose another model")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def check_text(kind: Any) -> None:
+    """Raise ModelError where models of class `kind` hold more than one that reads text: its config is in parts then."""
+    if "text_config" in (getattr(kind.config_class, "sub_configs", None) or {}):
+        raise ModelError(f"{kind.__name__} reads more than text: take a model of its kind that reads text alone")
 
 
 def check_attention(kind: Any, attention: str) -> None:

@@ -25,6 +25,10 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_l
 """What configs call the longest sequence that a model reads."""
 
 
+_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is downloaded, and no code that lies in a model's folder is run: nobody is asked either."""
+
+
 class DamagedModel(Exception):
     """Weights that cannot be read; the message is one sentence."""
 
@@ -155,12 +159,14 @@ def check_device(device: str) -> None:
 
 
 def check_folder(path: str | Path, context: int | None = None) -> None:
-    """Raise ModelError where `path` is no model (folder, or name in the local cache) with a tokenizer, or where it
-    cannot read `context` tokens. Loads nothing big."""
+    """Raise ModelError where `path` is no model (folder, or name in the local cache) with weights in safetensors and a
+    tokenizer, or where it cannot read `context` tokens. Loads nothing big."""
     folder, _ = _folders(path, None)
     if not (folder / "config.json").is_file():
         check_folder(_base_of(folder), context)
         return
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder} has no weights in safetensors: save them so (pickled ones are never loaded)")
     allowed = context_of(folder)
     if context is not None and allowed is not None and context > allowed:
         raise ModelError(
@@ -189,10 +195,11 @@ def described(path: str | Path) -> Any:
     if not (folder / "config.json").is_file():
         return described(_base_of(folder))
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, **_OFFLINE)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder}/config.json describes no model that transformers knows: {said}") from error
+        raise ModelError(
+            f"{folder}/config.json describes no model that transformers knows: {_shortly(error)}"
+        ) from error
 
 
 def _base_of(folder: Path) -> str:
@@ -272,10 +279,10 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
     try:
         with _told_if_loaded():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], attn_implementation=attn, local_files_only=True, use_safetensors=True
+                folder, dtype=DTYPES[dtype], attn_implementation=attn, **_OFFLINE, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {_shortly(error)}") from error
     except SafetensorError as error:
         raise DamagedModel(f"the weights in {folder} are damaged ({error}): restore them from a copy") from error
     except RuntimeError as error:
@@ -284,6 +291,12 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
             "the two from a copy"
         ) from error
     return model, _tokenizer(folder)
+
+
+def _shortly(error: Exception) -> str:
+    """What another library has to say, in one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= 240 else said[:237] + "..."
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -295,9 +308,9 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **_OFFLINE)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_shortly(error)}") from error
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     MambaConfig,
     MistralConfig,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from mcts.engines.kinds import check_kind
-from mcts.engines.model import ModelError, Policy, load_policy
+from mcts.engines.model import ModelError, Policy, check_folder, load_policy
 from mcts.engines.torch_engine import TorchEngine
 from mcts.types import Request
 from tests.mcts.engine_contract import drain, extend
@@ -84,3 +85,32 @@ def test_a_window_that_no_sequence_outgrows_is_full_attention(kind: Any) -> None
         expected = torch.log_softmax(policy.unembed(policy.hidden(ids, use_cache=False))[0], -1)
     drawn = expected[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
     np.testing.assert_allclose(step.logprobs, drawn, atol=1e-5)
+
+
+def test_a_model_that_reads_more_than_text_is_told(tmp_path: Path) -> None:
+    Gemma3Config(text_config={**SHAPE, "sliding_window": 512}).save_pretrained(tmp_path)
+    tokenizer(words()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="Gemma3ForConditionalGeneration reads more than text"):
+        check_kind(tmp_path, attention="sdpa", served=64)
+
+
+def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    tokenizer(words()).save_pretrained(tmp_path)
+    for load in (lambda: check_kind(tmp_path, attention="sdpa", served=64), lambda: load_policy(tmp_path)):
+        with pytest.raises(ModelError) as told:
+            load()
+        assert "\n" not in str(told.value)
+
+
+def test_a_folder_without_weights_in_safetensors_is_told_before_they_are_loaded(tmp_path: Path) -> None:
+    folder = saved(tmp_path, MistralConfig(**SHAPE))
+    check_folder(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights in safetensors"):
+        check_folder(folder)
