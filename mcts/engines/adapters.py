@@ -84,5 +84,6 @@ def merge(model: Any) -> None:
             parent, _, leaf = name.rpartition(".")
             base: nn.Module = module.get_base_layer()
             setattr(model.get_submodule(parent), leaf, base)
-    model.peft_config = {}
+    if has_adapter(model):
+        del model.peft_config
     model.requires_grad_(True)

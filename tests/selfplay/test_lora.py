@@ -265,3 +265,12 @@ def test_a_context_that_the_model_cannot_read_is_refused_before_anything_runs(tm
             check_folder(folder, 257)
         with pytest.raises(ValueError, match="256 tokens"):
             TorchEngine(load_policy(folder), ";", rows=16, kv_slots=64, context=257)
+
+
+def test_a_merged_adapter_leaves_nothing_that_a_new_one_would_meet() -> None:
+    model = make_policy(scale=1.0).model
+    for _ in range(2):  # peft warns of adapters on top of each other, and warnings are errors here
+        adapters.add(model, "base", rank=2, alpha=4, targets="all-linear")
+        assert adapters.has_adapter(model)
+        adapters.merge(model)
+        assert not adapters.has_adapter(model)
