@@ -95,8 +95,10 @@ def read_rows(task: str, path: Path) -> list[Row | BadRow]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise TaskSettingError(f"{task}: there is no file {path} (from {Path.cwd()}): correct its path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskSettingError(f"{task}: the file {path} cannot be read as text: {error}") from error
+    except UnicodeDecodeError as error:
+        raise TaskSettingError(f"{task}: the file {path} is no text in UTF-8: save it as such") from error
+    except OSError as error:
+        raise TaskSettingError(f"{task}: the file {path} cannot be read: {error.strerror}") from error
     rows = list(_array(task, path, text) if path.suffix == ".json" else _lines(path, text))
     if not rows:
         raise TaskSettingError(f"{task}: {path} has no rows")

@@ -227,6 +227,13 @@ def test_a_gold_answer_that_is_read_back_as_another_one_is_a_bad_row(tmp_path: P
         load("jsonl", path=path, verifier="number").problems("train")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_in_another_encoding_says_how_to_save_it(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"question": "Wie groß?", "answer": 1}', encoding=encoding)
+    with pytest.raises(TaskSettingError, match=r"mine\.jsonl is no text in UTF-8: save it"):
+        load("jsonl", path=str(tmp_path / "mine.jsonl")).problems("train")
+
+
 def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.jsonl", [{"question": "x", "answer": ""}, "oops", *plain(30)])
     task = load("jsonl", path=path, bad_rows="skip", dev_share=0.2)
