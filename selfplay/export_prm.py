@@ -257,6 +257,7 @@ def measure(ours: Tensor, linear: Tensor, states: States) -> dict[str, Any]:
 
 def _card(facts: dict[str, Any]) -> str:
     stock = facts["loads_with"] == "stock classes"
+    trust = "" if stock else ", trust_remote_code=True"
     lines: Sequence[str] = [
         "---",
         "pipeline_tag: token-classification",
@@ -269,8 +270,10 @@ def _card(facts: dict[str, Any]) -> str:
         "sigmoid of the logit at the last token of a prompt or step is the chance that the episode is won from there:",
         "",
         "```python",
-        f"model = AutoModelForTokenClassification.from_pretrained(folder{'' if stock else ', trust_remote_code=True'})",
-        "value = model(input_ids).logits[0, last_token_of_step, 0].sigmoid()",
+        f"model = AutoModelForTokenClassification.from_pretrained(folder{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
+        'input_ids = tokenizer(prompt_and_steps, return_tensors="pt").input_ids',
+        "value = model(input_ids).logits[0, -1, 0].sigmoid()",
         "```",
         "",
         f"Policy version {facts['policy_version']}. The written model was loaded and compared with the head it was "

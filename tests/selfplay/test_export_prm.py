@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,3 +137,18 @@ def test_a_bare_model_has_no_head_to_export_and_needs_no_task_to_be_told_so(tmp_
     save_policy(make_policy(), tmp_path / "model")
     with pytest.raises(PrmError, match="is no run and no checkpoint of one"):
         export_prm(tmp_path / "model" / "policy", tmp_path / "prm")
+
+
+@pytest.mark.parametrize("width", [0, 64])
+def test_the_cards_example_runs_as_it_stands(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    checkpoint = saved(tmp_path / "run", "llama", width)
+    export_prm(tmp_path / "run", tmp_path / f"card_{width}")
+    example = (tmp_path / f"card_{width}" / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    names: dict[str, Any] = {"folder": tmp_path / f"card_{width}", "prompt_and_steps": "3 7 12 -> 33 :"}
+    exec(f"from transformers import AutoModelForTokenClassification, AutoTokenizer\n{example}", names)  # noqa: S102
+    policy = load_policy(checkpoint)
+    assert policy.head is not None
+    ids = policy.tokenizer(names["prompt_and_steps"], return_tensors="pt").input_ids
+    expected = policy.head(policy.hidden(ids))[0, -1]
+    torch.testing.assert_close(names["value"], expected, rtol=0, atol=1e-6)
