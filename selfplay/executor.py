@@ -217,8 +217,11 @@ def check_parts(config: Config) -> None:
     """Build every part that the config names by hand, so that a wrong name or setting is found before anything is
     written. Raises SettingError."""
     task = load_task(config.task.name, **config.task.settings)
-    for split in ("heldout", "dev"):
-        task.problems(split)  # a bad problem file is found here too
+    for split in ("heldout", "dev"):  # a bad problem file is found here too
+        if not task.problems(split):
+            raise UserError(
+                f"task {config.task.name} has no {split} problem, and a run is evaluated on them: keep some"
+            )
     if config.warmup.steps or config.learn.replay:
         task.warmup(config.seed)
     build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)

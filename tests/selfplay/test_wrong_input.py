@@ -290,6 +290,14 @@ def test_a_context_that_a_fresh_model_cannot_read_leaves_no_run(told: Told, conf
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("split", ["heldout", "dev"])
+def test_a_run_without_problems_to_evaluate_on_is_refused(split: str, told: Told, config: Path, tmp_path: Path) -> None:
+    code, line = told("launch", config, "--run-dir", tmp_path / "r", f"task.{split}_sets=0")
+    assert code == 2
+    assert f"no {split} problem" in line
+    assert not (tmp_path / "r").exists()
+
+
 def test_no_memory_left_is_said_in_one_sentence(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
