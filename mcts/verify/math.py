@@ -84,9 +84,7 @@ class MathVerifier:
         wanted = read_number(gold)
         given = read_number(prediction, loose=wanted is not None)
         if wanted is not None and given is None and _TWO_WHOLES.fullmatch(prediction):
-            given = read_number(
-                prediction, comma=True
-            )  # 1,22 for 1.22; if it is not, it is a list and wrong all the same
+            given = read_number(prediction, comma=True)  # 1,22 for 1.22; a list would be wrong all the same
         if wanted is not None and given is not None:
             return self._numbers(wanted, given, prediction)
         for name, text in (("gold", gold), ("the prediction", prediction)):
