@@ -82,6 +82,11 @@ class ModelConfig(Section):
     def _fits(self) -> ModelConfig:
         if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:[0-9]+)?", self.device):
             raise ValueError(f"there is no device {self.device!r}: set cpu, cuda, or one of several, such as cuda:1")
+        if self.dtype == "float16" and not self.freeze_trunk:
+            raise ValueError(
+                "training in float16 loses small gradients: set model.dtype to float32 or bfloat16 (engine.dtype: "
+                "float16 plays in it), or freeze_trunk"
+            )
         if self.lora is not None and self.path is None:
             raise ValueError("lora trains an adapter on a given model: set model.path, or leave lora out")
         if self.lora is not None and self.freeze_trunk:

@@ -58,6 +58,7 @@ def shard(tmp_path: Path) -> Path:
         ("plan.device_memory_gib=.inf", "finite number"),
         ("engine.rows=8", "multiple of 16"),
         ("cluster.worker_threads=1000000000000", "less than or equal to 1024"),
+        ("model.dtype=float16", "training in float16 loses small gradients"),
         ("model.device=gpu", "no device 'gpu'"),
         ("model.device=cuda:x", "no device 'cuda:x'"),
         ("learn.optimizer.lr=.inf", "finite number"),
