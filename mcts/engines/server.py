@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from mcts.engines.base import EngineFull
 from mcts.engines.server_asked import Asked, Begun, Omission
 from mcts.engines.server_http import Answer, Client, Failure
-from mcts.engines.server_protocol import payload, read
+from mcts.engines.server_protocol import ALONE, payload, read
 from mcts.engines.server_text import Text
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.engines.server_weights import Reload, Weights
@@ -36,7 +36,8 @@ class Service:
     prompt: Literal["token_ids", "text"] = "token_ids"
     """`text` for servers that take no token ids: a prefix whose text would be read as other tokens is refused."""
     split: bool = False
-    """One call per sample, for servers that ignore `n`. Greedy requests are always split: vLLM refuses them else."""
+    """One call per sample, for servers that ignore `n`. Greedy requests are always split (vLLM refuses them else), and
+    so are all of SGLang's (`ALONE`)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of the call."""
 
@@ -185,7 +186,7 @@ class ServerEngine:
         greedy = request.temperature == 0.0
         bent = request.temperature != 1.0 or request.top_p != 1.0
         prefix, tokens = tuple(request.prefix.tolist()), min(request.max_tokens, room)
-        size = 1 if greedy or self.service.split else request.n
+        size = 1 if greedy or self.service.split or self.service.dialect in ALONE else request.n
         active = self._requests[request.id] = _Active(request)
         try:
             for first in range(0, request.n, size):

@@ -7,6 +7,7 @@ first thing that is missing is named in one sentence.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,10 +27,14 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "vllm": {
         "return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False,
     },
-    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "sglang": {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     "openai": {},
 }  # fmt: skip
 """What each kind of server is asked beside the common fields."""
+
+ALONE = frozenset({"sglang"})
+"""Dialects of which a call asks for one sample: SGLang draws all n from the one seed, equal to the last token where it
+honours seeds (--enable-deterministic-inference), and reports the cache as the first of them filled it."""
 
 SEED_BITS = 53
 """Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
@@ -66,6 +71,9 @@ def payload(
         "logprobs": 1,
         "stream": False,
         **DIALECTS[dialect],
+        # SGLang looks for a stop text in as many last tokens as its tokenizer writes it with, and one; for a pattern in
+        # as many as it has characters, and one. Drawn tokens may write the delimiter with more pieces.
+        **({"stop_regex": [re.escape(text.delimiter)]} if dialect == "sglang" else {}),
         **extra,
     }
 

@@ -179,8 +179,11 @@ class FakeServer:
         else:
             self._send(handler, {"error": "not found"}, 404)
 
+    def _body(self, handler: BaseHTTPRequestHandler) -> Any:
+        return json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+
     def _post(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        body = self._body(handler)
         if handler.path == "/update_weights_from_disk":
             self.reloads += 1
             if self.always != "stale":
