@@ -230,6 +230,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sglang_scales_log_probabilities(self) -> Config:
+        server = self.engine.server
+        if server is not None and server.dialect == "sglang" and self.play.search.temperature not in (0.0, 1.0):
+            raise ValueError(
+                "SGLang returns log-probabilities under the temperature and not the model's: set "
+                "play.search.temperature to 1"
+            )
+        return self
+
     def hash(self) -> str:
         """Sha256 over what can change a trace or a weight. `iterations` is left out, so that a run can go on for
         longer, although it is also the horizon of the learning rate."""

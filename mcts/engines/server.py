@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from mcts.engines.base import EngineFull
 from mcts.engines.server_asked import Asked, Begun, Omission
 from mcts.engines.server_http import Answer, Client, Failure
-from mcts.engines.server_protocol import ALONE, payload, read
+from mcts.engines.server_protocol import ALONE, SCALED, payload, read
 from mcts.engines.server_text import Text
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.engines.server_weights import Reload, Weights
@@ -181,6 +181,13 @@ class ServerEngine:
         room = self.context - len(request.prefix)
         if room < 1:
             why = f"the prefix of {len(request.prefix)} tokens leaves no room in a context of {self.context}"
+            self._ready.append(Reply(request, (), error=why))
+            return
+        if self.service.dialect in SCALED and request.temperature not in (0.0, 1.0):
+            why = (
+                f"SGLang would return log-probabilities under temperature {request.temperature:g} and not the model's: "
+                "draw at temperature 1 or 0"
+            )
             self._ready.append(Reply(request, (), error=why))
             return
         greedy = request.temperature == 0.0

@@ -36,6 +36,9 @@ ALONE = frozenset({"sglang"})
 """Dialects of which a call asks for one sample: SGLang draws all n from the one seed, equal to the last token where it
 honours seeds (--enable-deterministic-inference), and reports the cache as the first of them filled it."""
 
+SCALED = frozenset({"sglang"})
+"""Dialects whose log-probabilities are those under the request's temperature, where the model's own are asked for."""
+
 SEED_BITS = 53
 """Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
 

@@ -94,6 +94,16 @@ def test_a_server_is_never_asked_for_two_versions_at_once(server: FakeServer) ->
         parse_config(served_config(server).to_yaml(), ["play.max_staleness=1"])
 
 
+def test_a_run_whose_temperature_scales_sglangs_log_probabilities_is_refused(server: FakeServer) -> None:
+    from selfplay.config import ConfigError, parse_config
+
+    text = served_config(server, dialect="sglang").to_yaml()
+    assert parse_config(text, ["play.search.temperature=0"]).engine.kind == "server"
+    with pytest.raises(ConfigError, match=r"set play\.search\.temperature to 1"):
+        parse_config(text, ["play.search.temperature=0.7"])
+    parse_config(text, ["play.search.temperature=0.7", "engine.server.dialect=vllm"])
+
+
 def test_a_missing_key_is_named_by_its_variable(
     server: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

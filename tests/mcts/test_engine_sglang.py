@@ -103,6 +103,15 @@ def test_steps_hold_the_tokens_and_log_probabilities_that_were_drawn(server: Fak
     assert stops == set(Stop)
 
 
+def test_a_temperature_under_which_sglang_scales_its_log_probabilities_is_refused(
+    server: FakeSGLang, engine: ServerEngine
+) -> None:
+    assert "draw at temperature 1 or 0" in str(ask(engine, PROMPT, temperature=0.5).error)
+    assert server.seen == [], "nothing was drawn"
+    assert ask(engine, PROMPT, temperature=0.0).error is None
+    assert ask(engine, PROMPT, top_p=0.9).error is None
+
+
 def test_a_prefix_that_ends_inside_a_character_gets_whole_steps(server: FakeSGLang, engine: ServerEngine) -> None:
     prefix = np.append(engine.encode(PROMPT), engine.encode("\u00e9")[:1]).astype(np.int32)
     assert engine.decode(prefix).endswith("\ufffd")
