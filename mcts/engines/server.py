@@ -2,8 +2,8 @@
 
 The server's own prefix cache shares keys and values along the tree (DESIGN.md, decision 8); nothing is promised of
 bits. What was asked is checked against what came back, and a request whose answer is not what was asked ends with an
-error that names the omission. A server that dies and comes back within `Patience.down` costs time only: the same
-calls are sent again with the same seeds.
+error that names the omission. A server that dies and comes back within `Patience.down` costs time only: it gets the
+weights again that were loaded into it, and the same calls are sent again with the same seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from mcts.engines.base import EngineFull
-from mcts.engines.server_asked import Asked, Begun, Omission
+from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights
 from mcts.engines.server_http import Answer, Client, Failure
 from mcts.engines.server_protocol import ALONE, SCALED, payload, read
 from mcts.engines.server_text import Text
@@ -110,6 +110,8 @@ class ServerEngine:
         self.context, self.kv_slots = context, kv_slots
         self._value, self._value_client = value, value_client
         self._reload = reload
+        self._loaded: str | None = None
+        """Folder of the weights that the server was given."""
         self._searches: dict[int, tuple[bytes, int]] = {}  # prompt, reserved tokens
         self._requests: dict[int, _Active] = {}
         self._valued: dict[int, _Active] = {}  # drawn, waiting for the reward model
@@ -161,7 +163,20 @@ class ServerEngine:
         Weights(self.client, self.service.model, self._reload).load(path, version)
         if isinstance(self._value, LocalValue):
             self._value.load(path)
-        self.version = version
+        self.version, self._loaded = version, path
+        self.client.lost, self.client.holds = False, True
+
+    def _prove_again(self) -> None:
+        """The server was gone: whatever answers now gets the weights again, where it lacks them, before it draws."""
+        assert self._reload is not None
+        assert self._loaded is not None
+        self.client.lost = False
+        try:
+            Weights(self.client.beside(), self.service.model, self._reload).keep(self._loaded, self.version)
+        except SettingError as error:
+            self.client.lost = True
+            for active in list(self._requests.values()):
+                self._fail(active, str(error))
 
     # ---- requests
 
@@ -197,9 +212,15 @@ class ServerEngine:
         active = self._requests[request.id] = _Active(request)
         try:
             for first in range(0, request.n, size):
-                self._send(active, Asked(self.service.model, prefix, size, tokens, greedy, bent, first))
+                asked = Asked(self.service.model, prefix, size, tokens, greedy, bent, first, version=self._named())
+                self._send(active, asked)
         except Omission as error:
             self._fail(active, str(error))
+
+    def _named(self) -> str | None:
+        """How answers name the weights that were loaded."""
+        named = self._loaded is not None and self._reload is not None and self._reload.check == "version"
+        return str(self.version) if named else None
 
     def _send(self, active: _Active, asked: Asked) -> None:
         written, service = None, self.service
@@ -240,6 +261,8 @@ class ServerEngine:
             # With both kinds of call open each is looked at in turn, for a short time.
             both = bool(self._requests) and bool(self._valued)
             wait = 0.02 if both else _PATIENCE
+            if self._requests and self.client.lost and self._loaded is not None:
+                self._prove_again()
             if self._requests:
                 for answer in self.client.poll(wait):
                     self._drew(answer)
@@ -280,6 +303,13 @@ class ServerEngine:
             raise Omission(value.why)
         try:
             drew = read(value, asked, self.text)
+        except OtherWeights:
+            active.leave_out(1, asked.most)
+            self.client.lost = True
+            if asked.again:
+                raise
+            self._send(active, replace(asked, again=True))
+            return
         except Omission:
             active.leave_out(1, asked.most)
             raise

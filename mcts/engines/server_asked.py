@@ -11,6 +11,10 @@ class Omission(Exception):
     """The server did not do what was asked of it."""
 
 
+class OtherWeights(Omission):
+    """The server drew with other weights than those that it was given."""
+
+
 def numbered(rows: Sequence[object], count: int, what: str) -> list[Mapping[str, Any]]:
     """The objects `rows` in the order of their `index`, which must be 0 to count - 1. Raises Omission."""
     by_index = {row["index"]: row for row in rows if isinstance(row, dict) and type(row.get("index")) is int}
@@ -42,6 +46,10 @@ class Asked:
     """The request's sample that choice 0 is."""
     begun: Begun = Begun()
     """How the step of the only choice began; `prefix` ends with its tokens."""
+    version: str | None = None
+    """Name of the weights that must have drawn the answer, where it names them; None: any."""
+    again: bool = False
+    """Asked for the second time, since other weights drew the first answer."""
 
     @property
     def most(self) -> int:

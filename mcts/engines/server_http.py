@@ -26,6 +26,8 @@ LONGEST_ANSWER = 64 * 1024 * 1024
 """Bytes of an answer that are read at most."""
 _BUSY = frozenset({408, 425, 429, 503})
 """Statuses by which a server asks to come back later."""
+_AWAY = frozenset({502, 503, 504})
+"""Statuses by which a proxy may say that the server behind it is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class _Outcome:
     value: Any
     wait: float = 0.0
     """Seconds that the server asked for."""
+    away: bool = False
+    """The server was gone: another process may answer from now on."""
 
 
 class Client:
@@ -131,7 +135,12 @@ class Client:
         self.patience = patience or Patience()
         self.retries = 0
         """Exchanges that failed and were tried again."""
+        self.lost = False
+        """The server was gone for a moment since this was last cleared: another process may answer now."""
+        self.holds = False
+        """Send nothing while `lost`."""
         self._parts = parts
+        self._api_key = api_key
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -149,6 +158,10 @@ class Client:
     def __len__(self) -> int:
         """Calls without an answer."""
         return len(self._calls)
+
+    def beside(self) -> Client:
+        """Another client of the same server, for calls between this one's."""
+        return Client(self.url, self.patience, api_key=self._api_key, seed=self._seed)
 
     def send(self, key: Hashable, path: str, payload: Mapping[str, Any] | None = None) -> None:
         """Queue a call: POST with a JSON body, or GET without. Its answer comes out of `poll` under `key`."""
@@ -179,13 +192,13 @@ class Client:
                 done += self._settle(*self._results.get())
             self._dispatch()
             now = time.monotonic()
-            if done or not self._calls or now >= until:
+            if done or not self._calls or now >= until or (self._held() and not self._running):
                 return done
             for call in [call for call in self._running if call.deadline <= now]:
                 call.deadline = math.inf
                 call.abort(f"no answer within {self.patience.deadline:g} s")
             times = [until, *(call.deadline for call in self._running)]
-            if self._waiting and len(self._running) < self._room():
+            if self._waiting and len(self._running) < self._room() and not self._held():
                 times.append(max(self._waiting[0][0], self._probe_at))
             try:
                 call, outcome = self._results.get(timeout=max(0.0, min(times) - now))
@@ -209,12 +222,15 @@ class Client:
 
     # ---- when to send
 
+    def _held(self) -> bool:
+        return self.holds and self.lost
+
     def _room(self) -> int:
         return 1 if self._row >= self.patience.trip else self.patience.in_flight
 
     def _dispatch(self) -> None:
         now = time.monotonic()
-        while self._waiting and len(self._running) < self._room():
+        while self._waiting and len(self._running) < self._room() and not self._held():
             due, _, call = self._waiting[0]
             if call.cancelled:
                 heapq.heappop(self._waiting)
@@ -272,7 +288,7 @@ class Client:
         try:
             outcome = self._exchange(call)
         except ConnectionRefusedError as error:
-            outcome = _Outcome("down", f"connection refused ({error.strerror})")
+            outcome = _Outcome("down", f"connection refused ({error.strerror})", away=True)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, http.client.InvalidURL):
                 self._results.put((call, _Outcome("refused", Failure(f"no call can go to {self.url}: {error}"))))
@@ -281,7 +297,10 @@ class Client:
             late = isinstance(error, TimeoutError)
             said = f"no answer within {self.patience.deadline:g} s" if late else f"{type(error).__name__}: {error}"
             why = call.aborted or said
-            outcome = _Outcome("broken" if connected or call.aborted else "down", why)
+            away = call.aborted is None and not late
+            outcome = _Outcome("broken" if connected or call.aborted else "down", why, away=away)
+        if outcome.away:  # at once, so that no call is sent after it
+            self.lost = True
         self._results.put((call, outcome))
 
     def _exchange(self, call: _Call) -> _Outcome:
@@ -300,12 +319,12 @@ class Client:
 
 
 def _judge(status: int, retry_after: str | None, data: bytes) -> _Outcome:
-    text = " ".join(data[:400].decode("utf-8", "replace").split())
+    text, away = " ".join(data[:400].decode("utf-8", "replace").split()), status in _AWAY
     if status in _BUSY:
         wait = float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0
-        return _Outcome("down", f"status {status}: {text}", min(wait, 60.0))
+        return _Outcome("down", f"status {status}: {text}", min(wait, 60.0), away)
     if status >= 500:
-        return _Outcome("broken", f"status {status}: {text}")
+        return _Outcome("broken", f"status {status}: {text}", away=away)
     if status >= 300 or status < 200:
         return _Outcome("refused", Failure(f"the server refused the call with status {status}: {text}"))
     if len(data) > LONGEST_ANSWER:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mcts.engines.server_asked import Asked, Begun, Omission, numbered
+from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights, numbered
 from mcts.engines.server_reading import ending
 from mcts.engines.server_text import Text
 from mcts.rng import hash64
@@ -89,6 +89,7 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
         raise Omission(f"the server answered with an error: {str(answer['error'])[:300]!r}")
     if answer.get("model") != asked.model:
         raise Omission(f"the server answered with model {answer.get('model')!r} where {asked.model!r} was asked for")
+    _same_weights(answer.get("metadata"), asked.version)
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != asked.n:
         count = len(choices) if isinstance(choices, list) else 0
@@ -100,6 +101,20 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
     drawn = sum(len(step.token_ids) for step in steps) - len(asked.begun.token_ids)
     prompt, cached = _usage(answer.get("usage"), asked, drawn)
     return Drew(steps, prompt - cached, cached, drawn)
+
+
+def _same_weights(metadata: object, version: str | None) -> None:
+    """SGLang names the weights that drew an answer, and each of them where they were changed in its midst."""
+    if version is None or not isinstance(metadata, dict):
+        return
+    parts = metadata.get("weight_versions")
+    rows = [metadata, *(parts if isinstance(parts, list) else [])]
+    for name in [row.get("weight_version", row.get("version")) for row in rows if isinstance(row, dict)]:
+        if name != version:
+            raise OtherWeights(
+                f"the server drew with weights {name!r} where {version!r} were loaded: does another run load weights "
+                "into it?"
+            )
 
 
 def _usage(usage: object, asked: Asked, drawn: int) -> tuple[int, int]:

@@ -45,6 +45,10 @@ SGLANG = Reload(
 PRESETS: Mapping[str, Reload] = {"vllm": VLLM, "sglang": SGLANG}
 
 
+class _Unreachable(SettingError):
+    """The server does not answer."""
+
+
 @dataclass(slots=True)
 class Weights:
     """Loads weights into the server behind `client`, which serves them as `model`."""
@@ -57,9 +61,7 @@ class Weights:
 
     def load(self, path: str, version: int) -> None:
         """Raises SettingError with one sentence where the server does not serve the new weights afterwards."""
-        root = Path(path)
-        folder = str((root / "policy" if (root / "policy").is_dir() else root).absolute())
-        names = {"path": folder, "version": str(version)}
+        folder, names = _names(path, version)
         for endpoint, body in self.reload.calls:
             answer = self.client.call(endpoint, _fill(body, names))
             self.calls.append(endpoint)
@@ -70,6 +72,16 @@ class Weights:
         if self.reload.command:
             self._run([_fill(part, names) for part in self.reload.command])
         self._check(folder, names)
+
+    def keep(self, path: str, version: int) -> None:
+        """The server may have been started anew, with other weights: these are loaded again where it does not serve
+        them any more. Raises SettingError."""
+        try:
+            self._check(*_names(path, version))
+        except _Unreachable:
+            raise
+        except SettingError:
+            self.load(path, version)
 
     def _run(self, command: list[str]) -> None:
         try:
@@ -85,7 +97,7 @@ class Weights:
             return
         answer = self.client.call("/model_info" if check == "version" else "/v1/models")
         if isinstance(answer, Failure):
-            raise SettingError(f"the server does not say what it serves: {answer.why}")
+            raise _Unreachable(f"the server does not say what it serves: {answer.why}")
         if check == "version":
             found, wanted = answer.get("weight_version") if isinstance(answer, dict) else None, names["version"]
         else:
@@ -112,7 +124,7 @@ class Weights:
         }  # fmt: skip
         answer = self.client.call("/v1/completions", body)
         if isinstance(answer, Failure):
-            raise SettingError(f"the server could not score a prompt to prove its weights: {answer.why}")
+            raise _Unreachable(f"the server could not score a prompt to prove its weights: {answer.why}")
         try:
             served = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(ids)]
             gaps = []
@@ -131,6 +143,13 @@ class Weights:
                 f"after the reload the served log-probabilities differ from {folder} by {worst:.3g} nats: the server "
                 "serves other weights"
             )
+
+
+def _names(path: str, version: int) -> tuple[str, dict[str, str]]:
+    """The folder that a server is to load, and what `{path}` and `{version}` stand for."""
+    root = Path(path)
+    folder = str((root / "policy" if (root / "policy").is_dir() else root).absolute())
+    return folder, {"path": folder, "version": str(version)}
 
 
 def _fill(value: Any, names: Mapping[str, str]) -> Any:

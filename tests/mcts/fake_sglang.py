@@ -67,8 +67,9 @@ class FakeSGLang(FakeServer):
                 choice.pop("token_ids", None)
             stopped = choice["finish_reason"] == "stop"
             choice["matched_stop"] = body["stop"][0] if stopped else None
+        label = "9" if fault == "rival" else self.label
         answer["metadata"] = {
-            "weight_version": self.label, "weight_versions": [{"version": self.label, "start": 0, "end": 1}],
+            "weight_version": label, "weight_versions": [{"version": label, "start": 0, "end": 1}],
         }  # fmt: skip
         return answer
 

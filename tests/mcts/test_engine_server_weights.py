@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from mcts.engines.server import ServerEngine
-from mcts.engines.server_http import Client
+from mcts.engines.server_http import Client, Patience
 from mcts.engines.server_weights import SGLANG, Reload, Weights
 from mcts.tasks import load_task
-from mcts.types import SettingError
+from mcts.types import Request, SettingError
+from tests.mcts.engine_contract import drain
 from tests.mcts.fake_server import FakeServer
-from tests.mcts.served import ask, make
+from tests.mcts.served import PROMPT, ask, make
 
 
 def test_new_weights_are_loaded_and_their_version_is_checked(server: FakeServer, folder: Path) -> None:
@@ -139,3 +140,35 @@ def test_log_probabilities_that_are_no_numbers_prove_nothing(folder: Path, value
     weights = Weights(Scripted(answer), "tiny", Reload(tolerance=1e6))
     with pytest.raises(SettingError, match=r"other weights|cannot be proved"):
         weights.load(str(folder), 1)
+
+
+def test_a_server_that_comes_back_with_its_first_weights_gets_the_newest_again(
+    server: FakeServer, folder: Path
+) -> None:
+    """Its answers name no weights, so the refused connection is what tells."""
+    engine = make(server, folder, reload=SGLANG)
+    engine.load(str(folder), 3)
+    plain = ask(engine)
+    server.die()
+    server.version = 0
+    ids = engine.encode(PROMPT)
+    assert engine.open(1, ids, 500)
+    engine.submit(Request(1, 1, ids, 3, 6, seed=4))
+    while not engine.client.retries:
+        engine.client.poll(0.01)
+    server.start()
+    reply = drain(engine, 1)[1]
+    assert (reply.error, server.version, server.reloads) == (None, 3, 2)
+    assert [s.token_ids.tolist() for s in reply.steps] == [s.token_ids.tolist() for s in plain.steps]
+
+
+def test_a_server_that_stays_away_ends_the_requests_after_load_once_it_was_waited_for(
+    server: FakeServer, folder: Path
+) -> None:
+    engine = make(server, folder, Patience(down=0.0, backoff=1e-4, longest_backoff=1e-3), reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.die()
+    for _ in range(2):
+        assert "is down for 0 s" in str(ask(engine).error)
+    server.start()
+    assert ask(engine).error is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mcts.engines.server import ServerEngine
+from mcts.engines.server_weights import SGLANG
 from mcts.types import Request, Stop
 from tests.mcts.engine_contract import EngineContract, drain
 from tests.mcts.fake_server import log_odds
@@ -119,3 +120,64 @@ def test_a_prefix_that_ends_inside_a_character_gets_whole_steps(server: FakeSGLa
     reply = ask(engine, PROMPT, prefix=prefix, n=24, max_tokens=12)
     assert reply.error is None
     assert len(server.seen) == 24
+
+
+def test_a_server_that_is_started_anew_with_other_weights_gets_its_weights_again_before_it_draws(
+    server: FakeSGLang, folder: Path
+) -> None:
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    plain = ask(engine, PROMPT)
+    server.restart()
+    server.faults.append("cut")  # what a call under way sees of it
+    again = ask(engine, PROMPT)
+    assert (again.error, server.reloads, server.version) == (None, 2, 3)
+    assert [s.token_ids.tolist() for s in again.steps] == [s.token_ids.tolist() for s in plain.steps]
+
+
+def test_a_server_that_was_only_out_of_reach_keeps_its_weights(server: FakeSGLang, folder: Path) -> None:
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.die()
+    ids = engine.encode(PROMPT)
+    assert engine.open(1, ids, 500)
+    engine.submit(Request(1, 1, ids, 2, 6, seed=4))
+    while not engine.client.lost:
+        engine.client.poll(0.01)
+    server.start()
+    assert drain(engine, 1)[1].error is None
+    assert server.reloads == 1
+
+
+def test_what_other_weights_drew_is_drawn_again_with_those_that_were_loaded(server: FakeSGLang, folder: Path) -> None:
+    """Started anew while no call was under way: the answers alone tell."""
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    plain = ask(engine, PROMPT)
+    server.restart()
+    again = ask(engine, PROMPT)
+    assert (again.error, server.reloads) == (None, 2)
+    assert [s.token_ids.tolist() for s in again.steps] == [s.token_ids.tolist() for s in plain.steps]
+    assert again.uncounted_calls >= 1
+
+
+def test_weights_that_another_run_keeps_loading_end_the_request(server: FakeSGLang, folder: Path) -> None:
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.always = "rival"
+    assert "drew with weights '9' where '3' were loaded" in str(ask(engine, PROMPT).error)
+
+
+def test_requests_end_with_a_sentence_where_a_server_that_was_started_anew_cannot_be_given_its_weights(
+    server: FakeSGLang, folder: Path
+) -> None:
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.restart()
+    server.faults.append("cut")
+    server.always = "no_such_folder"
+    assert "did not load" in str(ask(engine, PROMPT).error)
+    drawn = server.sampled
+    server.always = None
+    assert ask(engine, PROMPT).error is None, "it is tried again by the next request"
+    assert (server.version, server.sampled > drawn) == (3, True)
