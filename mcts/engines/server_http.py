@@ -82,20 +82,21 @@ class _Call:
     deadline: float = math.inf
     cancelled: bool = False
     aborted: str | None = None
-    connection: http.client.HTTPConnection | None = None
+    sock: socket.socket | None = None
+    """Once it is connected. Not the connection's, which lets go of it before a body that ends with the connection."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hold(self, connection: http.client.HTTPConnection) -> None:
+    def hold(self, sock: socket.socket) -> None:
         with self.lock:
             if self.aborted is not None:
                 raise _Abort(self.aborted)
-            self.connection = connection
+            self.sock = sock
 
     def abort(self, why: str) -> None:
         """Cut the connection, which wakes the thread and tells the server to stop working on it."""
         with self.lock:
             self.aborted = why
-            sock = None if self.connection is None else self.connection.sock
+            sock = self.sock
         if sock is not None:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
@@ -181,7 +182,7 @@ class Client:
             return 0
         call.cancelled = True
         call.abort("cancelled")
-        return call.broken + (call in self._running and call.connection is not None)
+        return call.broken + (call in self._running and call.sock is not None)
 
     def poll(self, wait: float) -> list[Answer]:
         """Answers that came. Blocks at most `wait` seconds, and not at all where no call is open."""
@@ -238,7 +239,7 @@ class Client:
             if max(due, self._probe_at) > now:
                 return
             heapq.heappop(self._waiting)
-            call.deadline, call.aborted, call.connection = now + self.patience.deadline, None, None
+            call.deadline, call.aborted, call.sock = now + self.patience.deadline, None, None
             self._running.add(call)
             threading.Thread(target=self._work, args=(call,), name="server-call", daemon=True).start()
 
@@ -293,7 +294,7 @@ class Client:
             if isinstance(error, http.client.InvalidURL):
                 self._results.put((call, _Outcome("refused", Failure(f"no call can go to {self.url}: {error}"))))
                 return
-            connected = call.connection is not None
+            connected = call.sock is not None
             late = isinstance(error, TimeoutError)
             said = f"no answer within {self.patience.deadline:g} s" if late else f"{type(error).__name__}: {error}"
             why = call.aborted or said
@@ -309,12 +310,20 @@ class Client:
         connection = kind(self._parts.hostname, self._parts.port, timeout=self.patience.deadline)
         try:
             connection.connect()
-            call.hold(connection)
+            call.hold(connection.sock)
             connection.request(call.method, self._parts.path.rstrip("/") + call.path, call.body, self._headers)
             response = connection.getresponse()
             data = response.read(LONGEST_ANSWER + 1)
         finally:
             connection.close()
+        if call.aborted is not None:  # what was read may look whole
+            raise _Abort(call.aborted)
+        if (
+            not data
+            and response.status == 200
+            and not (response.chunked or response.getheader("Content-Length") == "0")
+        ):
+            raise http.client.IncompleteRead(data)  # cut off within the head, or behind it
         return _judge(response.status, response.getheader("Retry-After"), data)
 
 

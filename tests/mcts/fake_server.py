@@ -39,7 +39,7 @@ _REFUSED: dict[str | None, tuple[dict[str, str], int]] = {
     "429": ({"error": "later"}, 429),
     "moved": ({}, 302),
 }
-_BROKEN = ("cut", "latin", "chunks")
+_BROKEN = ("cut", "latin", "chunks", "head", "slow_head", "trickle")
 
 
 class PrefixBlocks:
@@ -232,7 +232,13 @@ class FakeServer:
         handler.wfile.write(data[: len(data) // 2] if cut or half else data)
 
     def _raw(self, handler: BaseHTTPRequestHandler, fault: str | None) -> None:
-        """Bytes that are no UTF-8, or a chunked answer that is cut off inside a chunk."""
+        """Bytes that are no UTF-8, a chunked answer that is cut off inside a chunk, half a head (and then nothing), or
+        byte after byte without end."""
+        if fault in ("head", "slow_head", "trickle"):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + b"\r\n" * (fault == "trickle"))
+            while fault != "head" and not self.stall.wait(0.01):
+                handler.wfile.write(b" " * (fault == "trickle"))
+            return
         latin = fault == "latin"
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if latin else b"Transfer-Encoding: chunked\r\n") + b"\r\n")
         handler.wfile.write(b'{"model": "\xe9\xff"}' if latin else b'400\r\n{"model": "tiny", "choi')

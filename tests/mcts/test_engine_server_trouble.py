@@ -15,7 +15,7 @@ from tests.mcts.fake_server import FakeServer
 from tests.mcts.served import PROMPT, QUICK, ask, make
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "latin", "chunks", "429"])
+@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "latin", "chunks", "head", "429"])
 def test_a_fault_that_passes_costs_time_only(server: FakeServer, engine: ServerEngine, fault: str) -> None:
     plain = ask(engine)
     server.faults = deque([fault, fault])
@@ -57,6 +57,18 @@ def test_a_call_past_its_deadline_is_cut_and_repeated(server: FakeServer, folder
     engine = make(server, folder, Patience(deadline=0.05, attempts=3, backoff=1e-4, longest_backoff=1e-3))
     server.always = "slow"
     assert "no answer within 0.05 s" in str(ask(engine).error)
+
+
+@pytest.mark.parametrize("fault", ["slow_head", "trickle"])
+def test_an_answer_that_never_ends_is_cut_at_its_deadline(server: FakeServer, fault: str) -> None:
+    """Also one whose end is the connection's, and one that looks whole where it was cut."""
+    server.always = fault
+    client = Client(server.url, Patience(deadline=0.2, attempts=2, backoff=1e-4, longest_backoff=1e-3))
+    client.send("a", "/v1/completions", {"prompt": [1]})
+    answers = [answer for _ in range(50) for answer in client.poll(0.2)]
+    client.close()
+    assert [type(answer.value) for answer in answers] == [Failure]
+    assert "no answer within 0.2 s" in answers[0].value.why
 
 
 def test_a_server_that_dies_and_comes_back_costs_time_only(server: FakeServer, engine: ServerEngine) -> None:
