@@ -8,10 +8,12 @@ from __future__ import annotations
 import heapq
 import http.client
 import json
+import logging
 import math
 import queue
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Hashable, Mapping
@@ -21,6 +23,8 @@ from urllib.parse import urlsplit
 
 from mcts.rng import uniform
 from mcts.types import SettingError
+
+log = logging.getLogger(__name__)
 
 LONGEST_ANSWER = 64 * 1024 * 1024
 """Bytes of an answer that are read at most."""
@@ -265,6 +269,9 @@ class Client:
         else:
             if self._down_since is None:
                 self._down_since = now
+                log.warning(
+                    "%s takes no call (%s): it is waited for, %g s at most", self.url, outcome.value, patience.down
+                )
             if now - self._down_since >= patience.down:
                 why = f"the server at {self.url} is down for {patience.down:g} s ({outcome.value}): start it and go on"
                 return self._give_up(why)
@@ -293,6 +300,10 @@ class Client:
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, http.client.InvalidURL):
                 self._results.put((call, _Outcome("refused", Failure(f"no call can go to {self.url}: {error}"))))
+                return
+            if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+                why = f"{self.url} speaks no https that can be trusted ({error}): mend the url or the certificate"
+                self._results.put((call, _Outcome("refused", Failure(why))))
                 return
             connected = call.sock is not None
             late = isinstance(error, TimeoutError)
@@ -324,10 +335,11 @@ class Client:
             and not (response.chunked or response.getheader("Content-Length") == "0")
         ):
             raise http.client.IncompleteRead(data)  # cut off within the head, or behind it
-        return _judge(response.status, response.getheader("Retry-After"), data)
+        return _judge(f"{self.url}{call.path}", response, data)
 
 
-def _judge(status: int, retry_after: str | None, data: bytes) -> _Outcome:
+def _judge(url: str, response: http.client.HTTPResponse, data: bytes) -> _Outcome:
+    status, retry_after = response.status, response.getheader("Retry-After")
     text, away = " ".join(data[:400].decode("utf-8", "replace").split()), status in _AWAY
     if status in _BUSY:
         wait = float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0
@@ -335,7 +347,9 @@ def _judge(status: int, retry_after: str | None, data: bytes) -> _Outcome:
     if status >= 500:
         return _Outcome("broken", f"status {status}: {text}", away=away)
     if status >= 300 or status < 200:
-        return _Outcome("refused", Failure(f"the server refused the call with status {status}: {text}"))
+        moved = response.getheader("Location")
+        said = text if moved is None else f"it points to {moved[:300]}, and no call is sent elsewhere: mend the url"
+        return _Outcome("refused", Failure(f"{url} refused the call with status {status}: {said}"))
     if len(data) > LONGEST_ANSWER:
         return _Outcome("endless", Failure(f"the server's answer is longer than {LONGEST_ANSWER} bytes"))
     if not data.strip():

@@ -227,6 +227,8 @@ class FakeServer:
         data = json.dumps(answer).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
+        if status == 302:
+            handler.send_header("Location", "http://elsewhere/")
         handler.send_header("Content-Length", str(len(data) // 2 if half else len(data)))
         handler.end_headers()
         handler.wfile.write(data[: len(data) // 2] if cut or half else data)

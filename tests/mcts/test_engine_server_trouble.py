@@ -154,8 +154,33 @@ def test_a_path_that_no_call_can_have_is_said(server: FakeServer) -> None:
 
 def test_a_redirect_is_refused_and_not_followed(server: FakeServer, engine: ServerEngine) -> None:
     server.always = "moved"
-    assert "status 302" in str(ask(engine).error)
+    assert "status 302: it points to http://elsewhere/" in str(ask(engine).error)
     assert len(server.seen) == 1
+
+
+def test_a_refusal_names_the_address_that_was_called(server: FakeServer) -> None:
+    answer = Client(server.url + "/v1", QUICK).call("/v1/completions", {})
+    assert isinstance(answer, Failure)
+    assert answer.why.startswith(f"{server.url}/v1/v1/completions refused the call with status 404")
+
+
+def test_https_where_there_is_none_is_said_at_once(server: FakeServer) -> None:
+    """Waiting would not help."""
+    client = Client(server.url.replace("http:", "https:"), QUICK)
+    answer = client.call("/v1/models")
+    assert isinstance(answer, Failure)
+    assert "speaks no https that can be trusted" in answer.why
+    assert client.retries == 0
+
+
+def test_that_a_server_is_waited_for_is_told_once(
+    server: FakeServer, engine: ServerEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults = deque(["429"] * 4)
+    assert ask(engine).error is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{server.url} takes no call (status 429: {{"error": "later"}}): it is waited for, 60 s at most'
+    ]
 
 
 def test_what_was_drawn_for_a_request_that_fails_is_uncounted(server: FakeServer, folder: Path) -> None:
