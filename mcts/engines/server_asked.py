@@ -15,6 +15,12 @@ class OtherWeights(Omission):
     """The server drew with other weights than those that it was given."""
 
 
+def shown(value: object) -> str:
+    """A server's value for a sentence: of any type, and never long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def numbered(rows: Sequence[object], count: int, what: str) -> list[Mapping[str, Any]]:
     """The objects `rows` in the order of their `index`, which must be 0 to count - 1. Raises Omission."""
     by_index = {row["index"]: row for row in rows if isinstance(row, dict) and type(row.get("index")) is int}

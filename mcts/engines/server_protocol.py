@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights, numbered
+from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights, numbered, shown
 from mcts.engines.server_reading import ending
 from mcts.engines.server_text import Text
 from mcts.rng import hash64
@@ -88,7 +88,9 @@ def read(answer: object, asked: Asked, text: Text) -> Drew:
     if answer.get("error") and "choices" not in answer:
         raise Omission(f"the server answered with an error: {str(answer['error'])[:300]!r}")
     if answer.get("model") != asked.model:
-        raise Omission(f"the server answered with model {answer.get('model')!r} where {asked.model!r} was asked for")
+        raise Omission(
+            f"the server answered with model {shown(answer.get('model'))} where {asked.model!r} was asked for"
+        )
     _same_weights(answer.get("metadata"), asked.version)
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != asked.n:
@@ -112,8 +114,8 @@ def _same_weights(metadata: object, version: str | None) -> None:
     for name in [row.get("weight_version", row.get("version")) for row in rows if isinstance(row, dict)]:
         if name != version:
             raise OtherWeights(
-                f"the server drew with weights {name!r} where {version!r} were loaded: does another run load weights "
-                "into it?"
+                f"the server drew with weights {shown(name)} where {version!r} were loaded: does another run load "
+                "weights into it?"
             )
 
 
@@ -123,19 +125,20 @@ def _usage(usage: object, asked: Asked, drawn: int) -> tuple[int, int]:
     prompt = int(usage["prompt_tokens"])
     if prompt != len(asked.prefix):
         raise Omission(
-            f"the server read a prompt of {prompt} tokens where {len(asked.prefix)} were sent: it cuts prompts, adds "
-            "tokens, or has another tokenizer"
+            f"the server read a prompt of {shown(prompt)} tokens where {len(asked.prefix)} were sent: it cuts prompts, "
+            "adds tokens, or has another tokenizer"
         )
     if usage.get("completion_tokens") != drawn:
         raise Omission(
-            f"the server reports {usage.get('completion_tokens')} drawn tokens but returned {drawn}: tokens are missing"
+            f"the server reports {shown(usage.get('completion_tokens'))} drawn tokens but returned {drawn}: tokens are "
+            "missing"
         )
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
     if cached is None:
         return prompt, 0
     if not _count(cached) or cached > prompt:
-        raise Omission(f"the server reports {cached!r} cached tokens of a prompt of {prompt}")
+        raise Omission(f"the server reports {shown(cached)} cached tokens of a prompt of {prompt}")
     return prompt, int(cached)
 
 
@@ -186,8 +189,8 @@ def _token_ids(choice: Mapping[str, Any], logprobs: Mapping[str, Any], text: Tex
         if None in given:
             written = tokens[given.index(None)]
             raise Omission(
-                f"the server returned no token ids, and {written!r} is not exactly one token of the tokenizer: use a "
-                "server with return_token_ids"
+                f"the server returned no token ids, and {shown(written)} is not exactly one token of the tokenizer: "
+                "use a server with return_token_ids"
             )
     if not isinstance(given, list) or not all(_count(i) and i < text.size for i in given):
         raise Omission(f"the server returned token ids outside the tokenizer's 0 to {text.size - 1}")

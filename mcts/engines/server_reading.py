@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mcts.engines.server_asked import Asked, Omission
+from mcts.engines.server_asked import Asked, Omission, shown
 from mcts.engines.server_text import Text
 from mcts.types import Stop
 
@@ -25,7 +25,9 @@ def ending(choice: Mapping[str, Any], ids: Sequence[int], asked: Asked, text: Te
     A delimiter may end inside the last token: what that token holds behind it stays in the step. Raises Omission."""
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise Omission(f"the server ended a choice with finish_reason {reason!r}, which is neither stop nor length")
+        raise Omission(
+            f"the server ended a choice with finish_reason {shown(reason)}, which is neither stop nor length"
+        )
     step = [*asked.begun.token_ids, *ids]
     if text.eos_ids.intersection(step[:-1]) or text.delimiter in text.decode(step[:-1]):
         raise Omission("the server drew on behind the end of a step: it ignored stop, or stops on other tokens")
@@ -42,8 +44,9 @@ def ending(choice: Mapping[str, Any], ids: Sequence[int], asked: Asked, text: Te
         )
     if reason == "stop" and not _found_in_prefix(ids, asked, text):
         raise Omission(
-            f"the server returned a choice that ended by stop (stop_reason {choice.get('stop_reason')!r}, last tokens "
-            f"{list(ids[-2:])}) without the token that ended it: it drops EOS or stop tokens from what it returns"
+            f"the server returned a choice that ended by stop (stop_reason {shown(choice.get('stop_reason'))}, last "
+            f"tokens {list(ids[-2:])}) without the token that ended it: it drops EOS or stop tokens from what it "
+            "returns"
         )
     return Stop.LENGTH if full else None
 

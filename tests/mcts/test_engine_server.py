@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mcts.engines.server import ServerEngine
-from mcts.engines.server_asked import Omission
+from mcts.engines.server_asked import Asked, Omission
 from mcts.engines.server_http import Client
+from mcts.engines.server_protocol import read
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.types import Request, Stop
 from tests.mcts.engine_contract import EngineContract, drain, extend
@@ -100,6 +101,30 @@ def test_an_answer_that_is_not_what_was_asked_ends_the_request_with_a_sentence_t
     assert OMISSIONS[fault] in reply.error
     assert len(server.seen) == 1, "asking again would not help"
     assert (reply.uncounted_calls, reply.uncounted_tokens) == (1, 18), "it drew something for the refused answer"
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, 10**4000, [0] * 100_000], ids=["text", "number", "list"])
+@pytest.mark.parametrize(
+    "field", ["model", "finish_reason", "completion_tokens", "prompt_tokens", "cached_tokens", "tokens"]
+)
+def test_whatever_a_server_says_its_sentence_stays_short(engine: ServerEngine, field: str, value: object) -> None:
+    ids = engine.encode(PROMPT).tolist()
+    asked = Asked("tiny", tuple(ids), 1, 1, False, False)
+    choice: dict[str, Any] = {
+        "index": 0, "text": "3", "finish_reason": "length", "logprobs": {"token_logprobs": [-1.0], "tokens": ["3"]}
+    }  # fmt: skip
+    usage: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": 1}
+    answer: dict[str, Any] = {"model": "tiny", "choices": [choice], "usage": usage}
+    assert len(read(answer, asked, engine.text).steps) == 1
+    if field == "tokens":
+        choice["logprobs"][field] = [value]
+    elif field == "cached_tokens":
+        usage["prompt_tokens_details"] = {field: value}
+    else:
+        ({"model": answer, "finish_reason": choice}.get(field, usage))[field] = value
+    with pytest.raises(Omission) as found:
+        read(answer, asked, engine.text)
+    assert len(str(found.value)) < 400
 
 
 def test_choices_in_another_order_are_put_back_by_their_index(server: FakeServer, engine: ServerEngine) -> None:
