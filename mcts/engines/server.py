@@ -255,7 +255,8 @@ class ServerEngine:
         self._ready.append(active.failed(why))
 
     def poll(self) -> list[Reply]:
-        """Wait for the server until some request finishes (at most a second); the requests that finished."""
+        """Wait for the server until some request finishes (at most a second, but for one that was gone and is given its
+        weights again); the requests that finished."""
         busy = bool(self._requests or self._valued)
         if busy and not self._ready:
             # With both kinds of call open each is looked at in turn, for a short time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 
 from mcts.engines.server import ServerEngine
+from mcts.engines.server_asked import Asked
+from mcts.engines.server_reading import ending
+from mcts.engines.server_text import Text
 from mcts.engines.server_weights import SGLANG
 from mcts.types import Request, Stop
 from tests.mcts.engine_contract import EngineContract, drain
 from tests.mcts.fake_server import log_odds
-from tests.mcts.fake_sglang import FakeSGLang
+from tests.mcts.fake_sglang import FakeSGLang, said
 from tests.mcts.served import ask, make
 from tests.models import bpe_tokenizer, save_model
 
@@ -181,3 +185,24 @@ def test_requests_end_with_a_sentence_where_a_server_that_was_started_anew_canno
     server.always = None
     assert ask(engine, PROMPT).error is None, "it is tried again by the next request"
     assert (server.version, server.sampled > drawn) == (3, True)
+
+
+@pytest.mark.parametrize("delimiter", ["\n", "\n\n"])
+def test_whatever_sglangs_detokenizer_gives_out_for_tokens_is_read_as_they_are(folder: Path, delimiter: str) -> None:
+    """Random prefixes and draws, rich in pieces of characters and line ends."""
+    text, tok, pick = Text(folder, delimiter), bpe_tokenizer(), random.Random(0)
+    pieces = [i for i in range(len(tok)) if "\ufffd" in text.decode([i])] + tok("\n")["input_ids"]
+    for _ in range(3000):
+        token = [pick.choice(pieces) if pick.random() < 0.4 else pick.randrange(len(tok)) for _ in range(20)]
+        prefix, drawn = token[: pick.randrange(1, 11)], token[11:]
+        ids, reason = [], "length"
+        while reason == "length" and len(ids) < len(drawn):
+            ids.append(drawn[len(ids)])
+            if ids[-1] in text.eos_ids or delimiter in text.decode(ids):
+                reason = "stop"
+        shown = said(tok, prefix, ids[:-1] if ids[-1] in text.eos_ids else ids)
+        shown = shown.partition(delimiter)[0] if reason == "stop" else shown
+        asked = Asked("tiny", tuple(prefix), 1, len(drawn), False, False)
+        stop = ending({"finish_reason": reason, "text": shown}, ids, asked, text)
+        assert (stop is Stop.EOS) == (ids[-1] in text.eos_ids)
+        assert (stop is Stop.DELIMITER) == (delimiter in text.decode(ids))
