@@ -212,13 +212,17 @@ class Client:
             self._results.put((call, outcome))
 
     def call(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
-        """One call, waited for; the JSON value or a Failure. Only while no other call is open."""
+        """One call, waited for; the JSON value or a Failure. Only while no other call is open, and never held."""
         if self._calls:
             raise RuntimeError("other calls are under way: finish them first")
-        self.send("call", path, payload)
-        while True:
-            for answer in self.poll(1.0):
-                return answer.value
+        holds, self.holds = self.holds, False
+        try:
+            self.send("call", path, payload)
+            while True:
+                for answer in self.poll(1.0):
+                    return answer.value
+        finally:
+            self.holds = holds
 
     def close(self) -> None:
         """Cancel everything."""

@@ -103,6 +103,8 @@ class FakeServer:
         self.version = 0
         self.root = "first"
         self.reloads = 0
+        self.cut_reload = 0
+        """The call for new weights, counted from 1, whose connection is cut."""
         self.most = 0
         """Most calls under way at once."""
         self._under_way = 0
@@ -186,6 +188,9 @@ class FakeServer:
         body = self._body(handler)
         if handler.path == "/update_weights_from_disk":
             self.reloads += 1
+            if self.reloads == self.cut_reload:
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return
             if self.always != "stale":
                 self.version, self.root = int(body["weight_version"]), body["model_path"]
             self._send(handler, {"success": True, "message": "ok"})

@@ -162,6 +162,18 @@ def test_a_server_that_comes_back_with_its_first_weights_gets_the_newest_again(
     assert [s.token_ids.tolist() for s in reply.steps] == [s.token_ids.tolist() for s in plain.steps]
 
 
+def test_new_weights_reach_a_server_that_is_lost_while_it_loads_them(server: FakeServer, folder: Path) -> None:
+    engine = make(server, folder, reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.cut_reload = 2
+    client = engine.client
+    left = iter(range(100))
+    polled = client.poll
+    client.poll = lambda wait: polled(wait) if next(left, None) is not None else pytest.fail("waits for ever")  # type: ignore[method-assign]
+    engine.load(str(folder), 4)
+    assert (server.version, server.reloads, client.lost) == (4, 3, False)
+
+
 def test_a_server_that_stays_away_ends_the_requests_after_load_once_it_was_waited_for(
     server: FakeServer, folder: Path
 ) -> None:
