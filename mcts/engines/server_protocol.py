@@ -39,6 +39,10 @@ honours seeds (--enable-deterministic-inference), and reports the cache as the f
 SCALED = frozenset({"sglang"})
 """Dialects whose log-probabilities are those under the request's temperature, where the model's own are asked for."""
 
+STOPS_AT_TOKENS = frozenset({"vllm", "sglang"})
+"""Dialects that take ids of tokens to stop at: a server stops by itself at the EOS of the model's generation config,
+and not where a turn of the chat template ends with another token."""
+
 SEED_BITS = 53
 """Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
 
@@ -74,6 +78,7 @@ def payload(
         "logprobs": 1,
         "stream": False,
         **DIALECTS[dialect],
+        **({"stop_token_ids": sorted(text.eos_ids)} if dialect in STOPS_AT_TOKENS else {}),
         # SGLang looks for a stop text in as many last tokens as its tokenizer writes it with, and one; for a pattern in
         # as many as it has characters, and one. Drawn tokens may write the delimiter with more pieces.
         **({"stop_regex": [re.escape(text.delimiter)]} if dialect == "sglang" else {}),

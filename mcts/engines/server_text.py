@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mcts.engines.model import turn_end
 from mcts.engines.prompt_ids import prompt_ids
 from mcts.types import Int32, Message, SettingError
 
@@ -74,8 +75,9 @@ class Text:
 
 
 def _eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's EOS and those that the model's generation config names."""
-    ids = {tokenizer.eos_token_id}
+    """The tokenizer's EOS, the token that closes an assistant's turn in its chat template, and those that the model's
+    generation config names."""
+    ids = {tokenizer.eos_token_id, turn_end(tokenizer)}
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         if file.is_file():

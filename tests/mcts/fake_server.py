@@ -337,7 +337,7 @@ class FakeServer:
                 token = min(int(np.searchsorted(np.exp(row).cumsum(), random.random())), self.size - 1)
             ids.append(token)
             logprobs.append(float(row[token]))
-            if token == self.eos and fault not in ("ignores_stop", "too_long"):
+            if token in {self.eos, *body.get("stop_token_ids", ())} and fault not in ("ignores_stop", "too_long"):
                 return Drawn(ids, logprobs, "stop", text)
             text = self.decode(ids) if stream is None else stream.add(token)
             if fault in ("ignores_stop", "too_long"):

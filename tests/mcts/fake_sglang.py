@@ -77,7 +77,7 @@ class FakeSGLang(FakeServer):
         ids: list[int] = []
         logprobs: list[float] = []
         random, stop, window = generator(body["seed"], hash_of(prompt)), body["stop"][0], self._window(body)
-        reason = "length"
+        reason, ends = "length", {self.eos, *body.get("stop_token_ids", ())}
         while reason == "length" and len(ids) < body["max_tokens"]:
             row = log_odds(prompt + ids, self.size, self.likely, self.version)
             if self.only is not None:
@@ -90,9 +90,9 @@ class FakeSGLang(FakeServer):
                 token = min(int(np.searchsorted(np.exp(row).cumsum(), random.random())), self.size - 1)
             ids.append(token)
             logprobs.append(float(row[token]))
-            if stop in self.tokenizer.decode(ids[-window:]) or token == self.eos:
+            if stop in self.tokenizer.decode(ids[-window:]) or token in ends:
                 reason = "stop"
-        text = said(self.tokenizer, prompt, ids[:-1] if ids[-1] == self.eos else ids)
+        text = said(self.tokenizer, prompt, ids[:-1] if ids[-1] in ends else ids)
         return Drawn(ids, logprobs, reason, text.partition(stop)[0] if reason == "stop" else text)
 
     def _window(self, body: dict[str, Any]) -> int:

@@ -18,8 +18,9 @@ from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.types import Request, Stop
 from tests.mcts.engine_contract import EngineContract, drain, extend
 from tests.mcts.fake_server import FakeServer, log_odds
+from tests.mcts.fake_sglang import FakeSGLang
 from tests.mcts.served import EOS, PROMPT, QUICK, ask, make
-from tests.models import make_policy
+from tests.models import bpe_tokenizer, make_policy, save_model
 
 
 class TestContract(EngineContract):
@@ -201,6 +202,24 @@ def test_neutral_sampling_is_asked_for_so_that_the_models_own_defaults_do_not_be
     ask(engine)
     body = server.seen[0]
     assert (body["top_k"], body["min_p"], body["repetition_penalty"], body["top_p"]) == (-1, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+def test_a_step_ends_where_the_chat_template_ends_a_turn(dialect: str, tmp_path: Path) -> None:
+    tok = bpe_tokenizer()
+    turn, eos = tok.convert_tokens_to_ids(["<|im_end|>", tok.eos_token])
+    assert turn != eos
+    folder = save_model(tmp_path / "model", tok=tok)
+    server = (FakeServer if dialect == "vllm" else FakeSGLang)(tok, eos)
+    server.likely = (turn,)
+    engine = make(server, folder, service={"dialect": dialect})
+    try:
+        steps = ask(engine, n=16, max_tokens=8).steps
+        assert {step.token_ids[-1] for step in steps if step.stop is Stop.EOS} >= {turn}
+        assert all(turn not in step.token_ids[:-1] for step in steps)
+    finally:
+        engine.shutdown()
+        server.stop()
 
 
 def test_served_values_are_read_by_index_and_label(server: FakeServer, folder: Path) -> None:
