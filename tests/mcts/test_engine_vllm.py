@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcts.engines.model import load_policy
+from mcts.engines.model import load_policy, turn_end
 from mcts.engines.server import ServerEngine, Service
 from mcts.engines.server_http import Client, Patience
 from mcts.engines.server_text import Text
@@ -60,6 +60,22 @@ def test_served_log_probabilities_are_the_folders_own(engine: ServerEngine, vllm
     print(f"largest gap of log-probabilities {worst:.2e} nats; stops {sorted(stops)}")
     assert worst < 1e-2
     engine.close(1)
+
+
+def test_a_step_ends_where_the_chat_template_ends_a_turn(vllm: Served) -> None:
+    text = Text(vllm.a, DELIMITER)
+    turn = turn_end(load_policy(vllm.a).tokenizer)
+    assert turn is not None
+    often = Service(NAME, extra={"logit_bias": {str(turn): 8.0}})
+    engine = ServerEngine(Client(vllm.server.url, Patience(deadline=120.0)), often, text, context=512, kv_slots=4096)
+    ids = engine.encode(PROMPT)
+    assert engine.open(1, ids, 1000)
+    engine.submit(Request(1, 1, ids, 16, 24, seed=5))
+    steps = drain(engine, 1)[1].steps
+    print(f"{sum(step.token_ids[-1] == turn for step in steps)} of {len(steps)} steps end with the turn")
+    assert any(step.token_ids[-1] == turn and step.stop is Stop.EOS for step in steps)
+    assert all(turn not in step.token_ids[:-1] for step in steps)
+    engine.shutdown()
 
 
 def test_cached_tokens_are_the_whole_blocks_that_the_tree_shares(engine: ServerEngine) -> None:
