@@ -99,7 +99,9 @@ def _show_plan(config: Any, as_json: bool) -> None:
     from rich.console import Console
 
     from selfplay.plan import PlanError, make_plan
+    from selfplay.rules import check_rules
 
+    check_rules(config)
     plan = make_plan(config)
     if as_json:
         print(json.dumps(plan.data()))

@@ -82,11 +82,6 @@ class ModelConfig(Section):
     def _fits(self) -> ModelConfig:
         if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:[0-9]+)?", self.device):
             raise ValueError(f"there is no device {self.device!r}: set cpu, cuda, or one of several, such as cuda:1")
-        if self.dtype == "float16" and not self.freeze_trunk:
-            raise ValueError(
-                "training in float16 loses small gradients: set model.dtype to float32 or bfloat16 (engine.dtype: "
-                "float16 plays in it), or freeze_trunk"
-            )
         if self.lora is not None and self.path is None:
             raise ValueError("lora trains an adapter on a given model: set model.path, or leave lora out")
         if self.lora is not None and self.freeze_trunk:
@@ -218,25 +213,6 @@ class Config(Section):
         if self.engine.kind == "server" and self.play.max_staleness:
             raise ValueError(
                 "play.max_staleness plays with several versions at once and a server serves one: set it to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_search_fits(self) -> Config:
-        if self.play.search.budget >= self.engine.kv_slots:
-            raise ValueError(
-                f"a search of play.search.budget ({self.play.search.budget}) tokens and its prompt cannot fit in "
-                f"engine.kv_slots ({self.engine.kv_slots}): raise kv_slots, or lower the budget"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sglang_scales_log_probabilities(self) -> Config:
-        server = self.engine.server
-        if server is not None and server.dialect == "sglang" and self.play.search.temperature not in (0.0, 1.0):
-            raise ValueError(
-                "SGLang returns log-probabilities under the temperature and not the model's: set "
-                "play.search.temperature to 1"
             )
         return self
 

@@ -65,7 +65,7 @@ class EngineConfig(Section):
     kind: Literal["torch", "server"] = "torch"
     server: ServerConfig | None = None
     """Needed by kind: server."""
-    rows: int = Field(default=256, gt=0, multiple_of=16)
+    rows: PositiveInt = 256
     """Sequences that decode together, a multiple of 16; part of what fixes a trace bit for bit."""
     kv_slots: PositiveInt = 65536
     """Tokens whose keys and values are kept at once, per worker."""

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 from mcts.engines.kinds import check_kind
 from mcts.engines.model import check_device, check_folder
-from mcts.strategies import build as build_strategy
 from mcts.tasks import load_task
 from selfplay.config import Config
 from selfplay.errors import Interrupted, NonFiniteLoss, UserError
 from selfplay.fits import check_prompts
 from selfplay.fleet import Evaluated
 from selfplay.fresh import check_architecture
-from selfplay.objectives import Need, build_objective
+from selfplay.rules import check_rules
 from selfplay.store import Place
 from selfplay.trainer import Trainer
 from selfplay.worker import EvaluationJob, Played, Unit, Worker
@@ -214,8 +213,9 @@ class InlineExecutor:
 
 
 def check_parts(config: Config) -> None:
-    """Build every part that the config names by hand, so that a wrong name or setting is found before anything is
-    written. Raises SettingError."""
+    """Build every part that the config names by hand, so that a wrong name or setting, or two that do not go together,
+    is found before anything is written. Raises SettingError."""
+    check_rules(config)
     task = load_task(config.task.name, **config.task.settings)
     for split in ("heldout", "dev"):  # a bad problem file is found here too
         if not task.problems(split):
@@ -224,24 +224,12 @@ def check_parts(config: Config) -> None:
             )
     if config.warmup.steps or config.learn.replay:
         task.warmup(config.seed)
-    build_strategy(config.play.search.strategy.name, **config.play.search.strategy.settings)
-    objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
-    search = config.play.search
-    if (
-        Need.BEHAVIOR in objective.needs
-        and config.engine.kind == "server"
-        and (search.temperature not in (0.0, 1.0) or (search.temperature and search.top_p != 1.0))
-    ):
-        raise UserError(
-            "a server does not say how likely its draws were under another temperature or top_p, and importance ratios "
-            "need it: set play.search.temperature and top_p to 1, or the objective's importance to none"
-        )
     if config.cluster.executor == "inline":  # others know of their own devices
         check_device(config.model.device)
     if config.model.path is not None:
-        check_folder(config.model.path, config.engine.max_context)
         served = config.engine.max_context if config.engine.kind == "torch" else None
         check_kind(config.model.path, attention=config.model.attention, served=served)
+        check_folder(config.model.path, config.engine.max_context)
         check_prompts(config, task)
     else:
         task.vocabulary()

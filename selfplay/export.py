@@ -202,14 +202,13 @@ def _rows(
 
 def _decoder(path: Path) -> Callable[[list[int]], str]:
     """Token ids to text, special tokens kept, by the tokenizer of a run or in a folder."""
-    from transformers import AutoTokenizer
-
+    from mcts.engines.model import read_tokenizer
     from selfplay.source import find_source
 
     folder = find_source(str(path)).policy if (path / "run.json").exists() else path
     if not (folder / "tokenizer_config.json").is_file():
         raise ExportError(f"chat prompts become text through their tokenizer, and {folder} has none; give --tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = read_tokenizer(folder)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

@@ -20,6 +20,8 @@ def check_prompts(config: Config, task: Task) -> None:
     for split in SPLITS:
         for problem in task.problems(split):
             size = len(prompt_ids(tokenizer, problem.prompt))
+            if not size:
+                raise UserError(f"the prompt of the {split} problem {problem.id} has no token: correct its template")
             if size >= room:
                 raise UserError(
                     f"the prompt of the {split} problem {problem.id} has {size} tokens, which leave no room in a "

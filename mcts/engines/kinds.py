@@ -51,7 +51,13 @@ def check_served(kind: Any, config: Any, context: int) -> None:
 
     if not getattr(kind, "_supports_attention_backend", False):
         raise ModelError(f"{kind.__name__} does not use transformers' attention interface: {WHY}")
-    check_layers(kind.__name__, DynamicCache(config=config), context)
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ModelError(f"{kind.__name__} caps its attention's scores: {WHY}")
+    try:
+        cache = DynamicCache(config=config)
+    except ValueError as error:
+        raise ModelError(f"the config of this {kind.__name__} describes no layers ({error}): correct it") from error
+    check_layers(kind.__name__, cache, context)
     window = getattr(config, "sliding_window", None)
     if window is not None and window < context and getattr(config, "use_sliding_window", True):
         raise ModelError(_narrow(kind.__name__, window))

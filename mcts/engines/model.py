@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
 """What configs call the longest sequence that a model reads."""
 
+NO_TEMPLATE = (TemplateError, TypeError, ValueError, ArithmeticError)
+"""What a chat template raises that refuses messages, or is none."""
 
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is downloaded, and no code that lies in a model's folder is run: nobody is asked either."""
@@ -83,15 +86,13 @@ def turn_end(tokenizer: Any) -> int | None:
     """The special token that closes an assistant's turn in the tokenizer's chat template: often not its EOS token
     (<|im_end|> beside <|endoftext|>, <|eot_id|>). None where there is no template, where it closes turns otherwise,
     or where it refuses a plain exchange of two messages."""
-    from jinja2 import TemplateError
-
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     said = "an answer of the assistant"
     exchange = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": said}]
     try:
         _, found, rest = tokenizer.apply_chat_template(exchange, tokenize=False).rpartition(said)
-    except TemplateError:
+    except NO_TEMPLATE:
         return None
     ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
     if not ids:
@@ -196,7 +197,7 @@ def described(path: str | Path) -> Any:
         return described(_base_of(folder))
     try:
         return AutoConfig.from_pretrained(folder, **_OFFLINE)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
             f"{folder}/config.json describes no model that transformers knows: {_shortly(error)}"
         ) from error
@@ -237,7 +238,7 @@ def load_policy(
         model, tokenizer = _load(folder, dtype, attn)
     else:
         base = load_policy(_base_of(folder), "cpu", dtype, attn)
-        model, tokenizer = base.model, _tokenizer(folder)
+        model, tokenizer = base.model, read_tokenizer(folder)
         try:
             adapters.attach(model, folder)
             if merge:
@@ -290,7 +291,7 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
             f"the weights in {folder} are not those of its config.json, which asks for other shapes: restore one of "
             "the two from a copy"
         ) from error
-    return model, _tokenizer(folder)
+    return model, read_tokenizer(folder)
 
 
 def _shortly(error: Exception) -> str:
@@ -301,10 +302,11 @@ def _shortly(error: Exception) -> str:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model; loads nothing big."""
-    return _tokenizer(_folders(path, None)[0])
+    return read_tokenizer(_folders(path, None)[0])
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies in a folder. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mcts.engines.model import ModelError
+from mcts.engines.model import NO_TEMPLATE, ModelError
 from mcts.types import Message
 
 
@@ -21,14 +21,12 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> list[int]:
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of chat messages, up to where the assistant's turn begins. Raises ModelError where there is no chat
     template, or where it refuses these roles or is none."""
-    from jinja2 import TemplateError
-
     if getattr(tokenizer, "chat_template", None) is None:
         raise ModelError("the tokenizer has no chat template: set chat: false in the task, or give the prompt as text")
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except TemplateError as error:
+    except NO_TEMPLATE as error:
         raise ModelError(f"the model's chat template refuses these messages ({error}): change their roles") from error
     return ids

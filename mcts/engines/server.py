@@ -19,7 +19,7 @@ from mcts.engines.server_http import Answer, Client, Failure
 from mcts.engines.server_protocol import ALONE, SCALED, payload, read
 from mcts.engines.server_text import Text
 from mcts.engines.server_value import LocalValue, ServedValue
-from mcts.engines.server_weights import Reload, Weights
+from mcts.engines.server_weights import Reload, Weights, label
 from mcts.types import Int32, Message, Reply, Request, SettingError, Step, Stop
 
 _PATIENCE = 1.0
@@ -219,8 +219,9 @@ class ServerEngine:
 
     def _named(self) -> str | None:
         """How answers name the weights that were loaded."""
-        named = self._loaded is not None and self._reload is not None and self._reload.check == "version"
-        return str(self.version) if named else None
+        if self._loaded is None or self._reload is None or self._reload.check != "version":
+            return None
+        return label(self._loaded, self.version)
 
     def _send(self, active: _Active, asked: Asked) -> None:
         written, service = None, self.service

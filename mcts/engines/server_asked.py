@@ -66,4 +66,4 @@ class Asked:
         """The call that goes on with `choice` of this one, which ended too early; `begun`: its step so far."""
         new = begun.token_ids[len(self.begun.token_ids) :]
         prefix, left = self.prefix + new, self.max_tokens - len(new)
-        return replace(self, prefix=prefix, n=1, max_tokens=left, first=self.first + choice, begun=begun)
+        return replace(self, prefix=prefix, n=1, max_tokens=left, first=self.first + choice, begun=begun, again=False)

@@ -301,7 +301,8 @@ class Client:
             outcome = self._exchange(call)
         except ConnectionRefusedError as error:
             outcome = _Outcome("down", f"connection refused ({error.strerror})", away=True)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+            # the last two are what http.client and ssl make of odd chunk sizes and of sockets closed under them
             if isinstance(error, http.client.InvalidURL):
                 self._results.put((call, _Outcome("refused", Failure(f"no call can go to {self.url}: {error}"))))
                 return

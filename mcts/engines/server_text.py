@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mcts.engines.model import turn_end
+from mcts.engines.model import read_tokenizer, turn_end
 from mcts.engines.prompt_ids import prompt_ids
 from mcts.types import Int32, Message, SettingError
 
@@ -19,18 +19,13 @@ class Text:
     downloaded. `delimiter` is the text that ends a step."""
 
     def __init__(self, folder: str | Path, delimiter: str) -> None:
-        from transformers import AutoTokenizer
-
         root = Path(folder)
         root = root / "policy" if (root / "policy").is_dir() else root
         if not root.is_dir():
             raise SettingError(f"there is no tokenizer folder {root}: give the folder of the served model's tokenizer")
         if not delimiter:
             raise SettingError("the step delimiter is empty: choose a text that ends a step")
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(root, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise SettingError(f"{root} holds no tokenizer that can be loaded: {error}") from error
+        self._tokenizer: Any = read_tokenizer(root)
         self.delimiter = delimiter
         self.size = len(self._tokenizer)
         """Token ids are below this."""

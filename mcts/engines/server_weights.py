@@ -39,8 +39,10 @@ VLLM = Reload(
     ),
 )
 """vLLM started with VLLM_SERVER_DEV_MODE=1, on loopback: these endpoints have no protection."""
+LABEL = "{version} of {path}"
+"""What SGLang is told to call weights: versions alone are the same in every run."""
 SGLANG = Reload(
-    calls=(("/update_weights_from_disk", {"model_path": "{path}", "weight_version": "{version}"}),), check="version"
+    calls=(("/update_weights_from_disk", {"model_path": "{path}", "weight_version": LABEL}),), check="version"
 )
 PRESETS: Mapping[str, Reload] = {"vllm": VLLM, "sglang": SGLANG}
 
@@ -99,7 +101,7 @@ class Weights:
         if isinstance(answer, Failure):
             raise _Unreachable(f"the server does not say what it serves: {answer.why}")
         if check == "version":
-            found, wanted = answer.get("weight_version") if isinstance(answer, dict) else None, names["version"]
+            found, wanted = answer.get("weight_version") if isinstance(answer, dict) else None, _fill(LABEL, names)
         else:
             entries = answer.get("data") if isinstance(answer, dict) else None
             known = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
@@ -143,6 +145,11 @@ class Weights:
                 f"after the reload the served log-probabilities differ from {folder} by {worst:.3g} nats: the server "
                 "serves other weights"
             )
+
+
+def label(path: str, version: int) -> str:
+    """What SGLang calls the weights of `path` once they were loaded."""
+    return str(_fill(LABEL, _names(path, version)[1]))
 
 
 def _names(path: str, version: int) -> tuple[str, dict[str, str]]:

@@ -39,7 +39,7 @@ _REFUSED: dict[str | None, tuple[dict[str, str], int]] = {
     "429": ({"error": "later"}, 429),
     "moved": ({}, 302),
 }
-_BROKEN = ("cut", "latin", "chunks", "head", "slow_head", "trickle")
+_BROKEN = ("cut", "latin", "chunks", "negative", "head", "slow_head", "trickle")
 
 
 class PrefixBlocks:
@@ -177,7 +177,7 @@ class FakeServer:
         if handler.path == "/v1/models":
             self._send(handler, {"data": [{"id": self.model, "root": self.root}]})
         elif handler.path == "/model_info":
-            self._send(handler, {"weight_version": str(self.version)})
+            self._send(handler, {"weight_version": f"{self.version} of {self.root}"})
         else:
             self._send(handler, {"error": "not found"}, 404)
 
@@ -192,7 +192,7 @@ class FakeServer:
                 handler.connection.shutdown(socket.SHUT_RDWR)
                 return
             if self.always != "stale":
-                self.version, self.root = int(body["weight_version"]), body["model_path"]
+                self.version, self.root = int(body["weight_version"].split()[0]), body["model_path"]
             self._send(handler, {"success": True, "message": "ok"})
         elif handler.path == "/classify":
             rows = [{"index": i, "probs": [0.25, 0.75]} for i, _ in enumerate(body["input"])]
@@ -239,16 +239,16 @@ class FakeServer:
         handler.wfile.write(data[: len(data) // 2] if cut or half else data)
 
     def _raw(self, handler: BaseHTTPRequestHandler, fault: str | None) -> None:
-        """Bytes that are no UTF-8, a chunked answer that is cut off inside a chunk, half a head (and then nothing), or
-        byte after byte without end."""
+        """Bytes that are no UTF-8, a chunked answer that is cut off inside a chunk or of a negative size, half a head
+        (and then nothing), or byte after byte without end."""
         if fault in ("head", "slow_head", "trickle"):
             handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + b"\r\n" * (fault == "trickle"))
             while fault != "head" and not self.stall.wait(0.01):
                 handler.wfile.write(b" " * (fault == "trickle"))
             return
-        latin = fault == "latin"
+        latin, size = fault == "latin", b"-5" if fault == "negative" else b"400"
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if latin else b"Transfer-Encoding: chunked\r\n") + b"\r\n")
-        handler.wfile.write(b'{"model": "\xe9\xff"}' if latin else b'400\r\n{"model": "tiny", "choi')
+        handler.wfile.write(b'{"model": "\xe9\xff"}' if latin else size + b'\r\n{"model": "tiny", "choi')
 
     # ---- the model
 

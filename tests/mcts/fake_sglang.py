@@ -48,7 +48,8 @@ class FakeSGLang(FakeServer):
             return
         if self.always != "stale":
             self.root = self.model = body["model_path"]
-            self.label, self.version = body["weight_version"], int(body["weight_version"])
+            self.version = int(body["weight_version"].split()[0])
+            self.label = body["weight_version"]
         self._send(handler, {"success": True, "message": "Succeeded to update model weights."})
 
     def restart(self) -> None:
@@ -58,6 +59,7 @@ class FakeSGLang(FakeServer):
         self.start()
 
     def _answer(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
+        label = "9" if fault == "rival" else self.label  # before the draw: new weights may come in its midst
         answer = super()._answer(body, fault)
         if "choices" not in answer:
             return answer
@@ -67,7 +69,6 @@ class FakeSGLang(FakeServer):
                 choice.pop("token_ids", None)
             stopped = choice["finish_reason"] == "stop"
             choice["matched_stop"] = body["stop"][0] if stopped else None
-        label = "9" if fault == "rival" else self.label
         answer["metadata"] = {
             "weight_version": label, "weight_versions": [{"version": label, "start": 0, "end": 1}],
         }  # fmt: skip

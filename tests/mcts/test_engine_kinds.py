@@ -66,7 +66,7 @@ def test_an_attention_that_a_model_has_not_is_told_and_it_loads_with_the_one_it_
         check_kind(folder, attention="sdpa", served=None)
     policy = load_policy(folder)
     assert policy.model.config._attn_implementation == "eager"
-    with pytest.raises(ModelError, match="its attention has a softcap"):
+    with pytest.raises(ModelError, match="caps its attention's scores"):
         TorchEngine(policy, ";", rows=32, kv_slots=64, context=64)
 
 

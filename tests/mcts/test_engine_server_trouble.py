@@ -15,7 +15,7 @@ from tests.mcts.fake_server import FakeServer
 from tests.mcts.served import PROMPT, QUICK, ask, make
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "latin", "chunks", "head", "429"])
+@pytest.mark.parametrize("fault", ["500", "cut", "truncate", "half", "latin", "chunks", "negative", "head", "429"])
 def test_a_fault_that_passes_costs_time_only(server: FakeServer, engine: ServerEngine, fault: str) -> None:
     plain = ask(engine)
     server.faults = deque([fault, fault])

@@ -32,7 +32,7 @@ def test_new_weights_are_loaded_and_their_version_is_checked(server: FakeServer,
 def test_a_server_that_keeps_its_old_weights_is_found_out(server: FakeServer, folder: Path) -> None:
     engine = make(server, folder, reload=SGLANG)
     server.always = "stale"
-    with pytest.raises(SettingError, match="says version '0' and not '3'"):
+    with pytest.raises(SettingError, match="says version '0 of first' and not '3 of "):
         engine.load(str(folder), 3)
     assert engine.version == 0
 
@@ -96,13 +96,17 @@ def test_a_server_is_never_asked_for_two_versions_at_once(server: FakeServer) ->
 
 
 def test_a_run_whose_temperature_scales_sglangs_log_probabilities_is_refused(server: FakeServer) -> None:
-    from selfplay.config import ConfigError, parse_config
+    from selfplay.config import parse_config
+    from selfplay.errors import UserError
+    from selfplay.rules import check_rules
 
     text = served_config(server, dialect="sglang").to_yaml()
-    assert parse_config(text, ["play.search.temperature=0"]).engine.kind == "server"
-    with pytest.raises(ConfigError, match=r"set play\.search\.temperature to 1"):
-        parse_config(text, ["play.search.temperature=0.7"])
-    parse_config(text, ["play.search.temperature=0.7", "engine.server.dialect=vllm"])
+    check_rules(parse_config(text, ["play.search.temperature=0"]))
+    own = "play.search.strategy={name: best_of_n, n: 4, temperature: 0.7}"
+    for scaled in ("play.search.temperature=0.7", own):
+        with pytest.raises(UserError, match="set the search's temperature to 1"):
+            check_rules(parse_config(text, [scaled]))
+        check_rules(parse_config(text, [scaled, "engine.server.dialect=vllm"]))
 
 
 def test_a_missing_key_is_named_by_its_variable(

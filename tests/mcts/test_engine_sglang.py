@@ -165,11 +165,21 @@ def test_what_other_weights_drew_is_drawn_again_with_those_that_were_loaded(serv
     assert again.uncounted_calls >= 1
 
 
+def test_the_weights_of_another_run_are_other_weights_although_their_version_is_the_same(
+    server: FakeSGLang, folder: Path
+) -> None:
+    engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
+    engine.load(str(folder), 3)
+    server.label, server.version = "3 of /another/run", 9
+    again = ask(engine, PROMPT)
+    assert (again.error, server.reloads, server.version) == (None, 2, 3)
+
+
 def test_weights_that_another_run_keeps_loading_end_the_request(server: FakeSGLang, folder: Path) -> None:
     engine = make(server, folder, delimiter="\n", service={"dialect": "sglang"}, reload=SGLANG)
     engine.load(str(folder), 3)
     server.always = "rival"
-    assert "drew with weights '9' where '3' were loaded" in str(ask(engine, PROMPT).error)
+    assert "drew with weights '9' where '3 of " in str(ask(engine, PROMPT).error)
 
 
 def test_requests_end_with_a_sentence_where_a_server_that_was_started_anew_cannot_be_given_its_weights(

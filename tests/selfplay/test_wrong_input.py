@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from selfplay import cli
-from selfplay.errors import out_of_memory
+from selfplay.config import parse_config
+from selfplay.errors import UserError, out_of_memory
+from selfplay.rules import check_rules
 from selfplay.run_folder import RunError, read_metrics
 from tests.models import make_policy, save_model
 from tests.selfplay.tiny_run import CONFIG
@@ -56,7 +58,7 @@ def shard(tmp_path: Path) -> Path:
     ("override", "says"),
     [
         ("plan.device_memory_gib=.inf", "finite number"),
-        ("engine.rows=8", "multiple of 16"),
+        ("engine.rows=8", "must be a multiple of 16, not 8"),
         ("cluster.worker_threads=1000000000000", "less than or equal to 1024"),
         ("model.dtype=float16", "training in float16 loses small gradients"),
         ("model.device=gpu", "no device 'gpu'"),
@@ -346,3 +348,10 @@ def test_a_run_that_is_not_there_is_wrong_input(command: str, config: Path, tmp_
         code, error = told(command, path)
         assert code == 2
         assert str(path) in error
+
+
+@pytest.mark.parametrize("override", ["engine.rows=20", "model.dtype=float16", "play.search.budget=8192"])
+def test_the_config_of_a_run_that_began_before_a_rule_can_still_be_read(override: str) -> None:
+    read = parse_config(CONFIG, [override])
+    with pytest.raises(UserError):
+        check_rules(read)
