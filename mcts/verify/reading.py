@@ -52,8 +52,11 @@ _MOD = re.compile(
     r"(?P<value>[^=<>]+?)\s*\(?\s*\\?[bp]?mod(?![A-Za-z])\s*(?P<modulus>\{[^{}]*\}|[^{}()]*?)\s*\)?", re.DOTALL
 )
 _UNIT_TAIL = re.compile(
-    rf"(?P<rest>.*?)\s*(?:\\ )*{WRAPPED}\s*\{{(?P<unit>[^{{}}]*)\}}(?P<power>\s*\^\s*\{{?[23]\}}?)?", re.DOTALL
+    rf"(?P<rest>.*?)\s*(?:\\ )*(?!\\(?:math|text)bf|\\boldsymbol){WRAPPED}\s*\{{(?P<unit>[^{{}}]*)\}}"
+    r"(?P<power>\s*\^\s*\{?[23]\}?)?",
+    re.DOTALL,
 )
+"""Bold letters are vectors."""
 _DEGREES = re.compile(r"(?P<rest>.*?)\s*\^\s*\{?\s*\\circ\s*\}?", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _ROW_END = re.compile(r"\\\\(?:\[-?[\d.]+\s*[a-z]{2}\])?")
@@ -329,7 +332,7 @@ def _expression(text: str) -> Reading:
     tail = _UNIT_TAIL.fullmatch(text)
     degrees = _DEGREES.fullmatch(text)
     if tail is not None and tail["rest"].strip():
-        if not is_unit(rf"{tail['unit']}{tail['power'] or ''}"):
+        if not is_unit(rf"\text{{{tail['unit']}}}{tail['power'] or ''}"):
             raise Unreadable("words behind a formula that change it")
         unit, text = read_unit(tail["unit"] + (tail["power"] or "")), tail["rest"]
     elif degrees is not None and degrees["rest"].strip():

@@ -12,12 +12,14 @@ from mcts.verify.equality import is_constant, plain, value
 from mcts.verify.forms import Chain, Expression, Reading, parts
 from mcts.verify.number import ROUNDED_DIGITS, Number
 
-_POWER = r"\(?[-+]?\d+\)?(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|\d))?"
+_EXPONENT = r"(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|\d))?"
+_POWER = rf"[({{]?[-+]?(?:\d+|\{{?\\frac\{{\d+\}}\{{10*\}}\}}?)[)}}]?{_EXPONENT}"
+"""Decimals are written as fractions by now."""
 _FINISHED = re.compile(
-    rf"[-+\s]*(?:\\frac\s*(?:\{{\s*{_POWER}\s*\}}|\d)\s*(?:\{{\s*{_POWER}\s*\}}|\d)"
-    rf"|{_POWER}(?:\s*(?:/|\\over(?![A-Za-z]))\s*{_POWER})?)\s*"
+    rf"[-+\s]*\(?\s*(?:\\frac\s*(?:\{{\s*{_POWER}\s*\}}|\d)\s*(?:\{{\s*{_POWER}\s*\}}|\d)"
+    rf"|{_POWER}(?:\s*(?:/|\\over(?![A-Za-z]))\s*{_POWER})?)\s*\)?{_EXPONENT}\s*"
 )
-"""A number, a power, or one over the other: `2^{10}`, `\\frac{3}{-4}`."""
+"""A number, a power, one over the other, or a power of that: `2^{10}`, `\\frac{3}{-4}`, `(\\frac12)^{10}`."""
 _OPERATIONS = (
     r"!|binom|\\choose",
     r"\\[lr]?(?:floor|ceil)",

@@ -21,6 +21,7 @@ from transformers import (
 
 from mcts.engines.kinds import check_kind
 from mcts.engines.model import ModelError, Policy, check_folder, load_policy
+from mcts.engines.server_text import Text
 from mcts.engines.torch_engine import TorchEngine
 from mcts.types import Request
 from tests.mcts.engine_contract import drain, extend
@@ -105,6 +106,18 @@ def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(
         with pytest.raises(ModelError) as told:
             load()
         assert "\n" not in str(told.value)
+
+
+def test_code_of_a_served_models_tokenizer_is_never_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", null]}}'
+    )
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be loaded"):
+        Text(tmp_path, ";")
 
 
 def test_a_folder_without_weights_in_safetensors_is_told_before_they_are_loaded(tmp_path: Path) -> None:

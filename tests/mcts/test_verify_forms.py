@@ -199,7 +199,7 @@ def test_a_factorial_of_a_variable_is_judged_in_time(math: MathVerifier) -> None
 def test_a_number_has_to_be_worked_out(math: MathVerifier) -> None:
     check(
         math,
-        [("1024", "2^{10}"), (r"-\frac34", r"\frac{3}{-4}"), (r"\frac{1}{1024}", r"\frac{1}{2^{10}}"), ("3/4", r"{3\over4}"), ("18", "(18)"), ("18", "9+9=18"), ("5!", "120"), (r"\log_2 8", "3"), (r"\binom{5}{2}", "10"),
+        [(r"\frac{1}{1024}", r"\left(\frac{1}{2}\right)^{10}"), (r"-\frac34", r"-\left(\frac34\right)"), (r"\frac34", "{3}/{4}"), (r"\frac34", r"\frac{3.0}{4.0}"), ("0.75", r"\frac{1.5}{2}"), ("1024", "2^{10}"), (r"-\frac34", r"\frac{3}{-4}"), (r"\frac{1}{1024}", r"\frac{1}{2^{10}}"), ("3/4", r"{3\over4}"), ("18", "(18)"), ("18", "9+9=18"), ("5!", "120"), (r"\log_2 8", "3"), (r"\binom{5}{2}", "10"),
          (r"\sqrt{17}", "4.123105625617661"), ("4.123105625617661", r"\sqrt{17}")],
         [("120", "5!"), ("70", r"\dbinom{8}{4}"), ("391", r"17 \cdot 23"), ("26000", "513^2 - 487^2"), ("12", r"\sqrt{36 \times \sqrt{16}}"), ("16", "|(1-i)^8|"), ("3", r"\lceil 2.5 \rceil"), ("256", r"2^{16} \div 16^2"),
          ("6", r"\log_264"), (r"\frac{38}{35}", r"\frac{2}{7}+\frac{8}{10}"), (r"\frac12", r"\sin 30^\circ"), ("2", r"\sum_{n=0}^{\infty} \frac{1}{2^n}"), ("10", "(9+1)"), ("(391,1)", r"(17 \cdot 23, 1)"), ("x=391", r"x = 17 \cdot 23"), ("18", "19-1=x")],
@@ -226,10 +226,11 @@ def test_a_relation_is_no_answer_before_it_is_solved(math: MathVerifier) -> None
 def test_what_stands_behind_a_formula_is_its_unit_or_it_is_not_read(math: MathVerifier) -> None:
     check(
         math,
-        [(r"3\pi", r"3\pi\text{ square cm}"), (r"3\pi", r"3\pi\text{ units}"), (r"3\pi", r"3\pi\text{ m/s}"), (r"3\pi\text{ cm}^2", r"3\pi\text{ cm squared}")],
-        [(r"3\pi", r"3\pi\text{ k}"), (r"3\pi\text{ cm}", r"3\pi\text{ m}")],
+        [(r"3\pi", r"3\pi\text{ square cm}"), (r"3\pi", r"3\pi\text{ units}"), (r"3\pi", r"3\pi\text{ m/s}"), (r"3\pi\text{ cm}^2", r"3\pi\text{ cm squared}"),
+         (r"5\pi", r"5\pi\text{apples}"), (r"2^n", r"2^n\mathrm{ways}"), (r"\mathbf{i}-2\mathbf{j}", r"\mathbf{i}-2\mathbf{j}")],
+        [(r"\mathbf{i}-2\mathbf{j}", r"\mathbf{i}-2"), (r"3\pi", r"3\pi\text{ k}"), (r"3\pi\text{ cm}", r"3\pi\text{ m}")],
     )  # fmt: skip
-    check_unread(math, [(r"3\pi", r"3\pi\text{ million}"), (r"\sqrt2", r"\sqrt2\text{ thousand}"), (r"\sqrt2", r"\sqrt2\text{, 1, 5, 7}"), (r"3\pi", r"3\pi\text{ isn't it}"), (r"\sqrt2", r"\sqrt2\text{ millionths}"), (r"y=2x+3", r"y=2x+3\quad\text{A,B,C}")])  # fmt: skip
+    check_unread(math, [(r"3\pi", r"3\pi\text{ million}"), (r"3\pi", r"3\pi\text{million}"), (r"\sqrt2", r"\sqrt2\text{ thousand}"), (r"\sqrt2", r"\sqrt2\text{, 1, 5, 7}"), (r"3\pi", r"3\pi\text{ isn't it}"), (r"\sqrt2", r"\sqrt2\text{ millionths}"), (r"y=2x+3", r"y=2x+3\quad\text{A,B,C}")])  # fmt: skip
 
 
 def test_a_second_answer_behind_a_space_is_no_factor(math: MathVerifier) -> None:

@@ -42,6 +42,11 @@ def test_chat_problems_need_a_chat_template_that_takes_them(tmp_path: Path) -> N
         check(saved(tmp_path, NO_SYSTEM), chat=True, system="Be brief.")
     with pytest.raises(ModelError, match="refuses these messages"):
         check(saved(tmp_path, "{{ nope( }}"), chat=True)
+    for broken in ("{{ 'a' + 1 }}", "{{ 1 / 0 }}"):
+        with pytest.raises(ModelError, match="refuses these messages"):
+            check(saved(tmp_path, broken), chat=True)
+    with pytest.raises(UserError, match="has no token: correct its template"):
+        check(saved(tmp_path, "{{ '' }}"), chat=True)
     check(saved(tmp_path, NO_SYSTEM), chat=True)
 
 

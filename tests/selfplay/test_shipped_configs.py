@@ -29,7 +29,6 @@ MATH = "task={name: math, path: '{data}', chat: true}"
 @pytest.mark.parametrize(
     ("name", "data", "overrides"),
     [
-        ("countdown3", "", (*FRESH, *SPLITS)),
         ("countdown5", "", (*FRESH, *SPLITS)),
         ("game24", "game24/24.csv", (*FRESH, "task.path={data}")),
         ("gsm8k_qwen2.5-1.5b", "gsm8k", (*GIVEN, *SPLITS, "task.path={data}")),
@@ -37,7 +36,7 @@ MATH = "task={name: math, path: '{data}', chat: true}"
         ("own_problems", "", (*GIVEN, *SPLITS, "warmup.steps=2")),
         ("arc_program", "arc_agi_1/training.jsonl", (*GIVEN, "task.path={data}", "task.max_prompt=700")),
     ],
-)  # gsm8k_vllm needs a server: test_vllm_run
+)  # countdown3 is the main job; gsm8k_vllm needs a server: test_vllm_run
 def test_a_shipped_config_runs_an_iteration(name: str, data: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     if not (DATA / data).exists():
         pytest.skip("the public data are not beside the checkout")
