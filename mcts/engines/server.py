@@ -177,6 +177,8 @@ class ServerEngine:
             self.client.lost = True
             for active in list(self._requests.values()):
                 self._fail(active, str(error))
+        else:
+            self.client.up()
 
     # ---- requests
 

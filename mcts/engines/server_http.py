@@ -257,7 +257,7 @@ class Client:
         if call.cancelled:
             return []
         if outcome.kind in ("ok", "refused", "endless"):
-            self._row, self._down_since, self._probe_at = 0, None, 0.0
+            self.up()
             del self._calls[call.key]
             return [Answer(call.key, outcome.value, call.broken + (outcome.kind == "endless"))]
         now, patience = time.monotonic(), self.patience
@@ -285,8 +285,12 @@ class Client:
         heapq.heappush(self._waiting, (now + pause, call.order, call))
         return []
 
-    def _give_up(self, why: str) -> list[Answer]:
+    def up(self) -> None:
+        """The server was seen to answer, or is waited for no more: failures are counted anew."""
         self._row, self._down_since, self._probe_at = 0, None, 0.0
+
+    def _give_up(self, why: str) -> list[Answer]:
+        self.up()
         return [Answer(key, Failure(why), self.cancel(key)) for key in list(self._calls)]
 
     def _pause(self, failures: int) -> float:
