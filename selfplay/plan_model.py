@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from mcts.engines import adapters
-from mcts.engines.kinds import check_attention, check_served, check_text
-from mcts.engines.model import DTYPES, ModelError, resolve
+from mcts.engines.kinds import check_class
+from mcts.engines.model import DTYPES, ModelError, resolve, shortly
 from mcts.engines.value_head import ValueHead
 from mcts.tasks import load_task
 from selfplay.config import Config
@@ -143,14 +143,9 @@ def _make(facts: Mapping[str, Any], where: str) -> Any:
     except ValueError as error:
         if kind not in CONFIG_MAPPING:
             raise PlanError(f"{where}: transformers knows no model_type {kind!r}") from error
-        raise PlanError(f"{where} is no {kind}: {_shortly(error)}") from error
+        raise PlanError(f"{where} is no {kind}: {shortly(error)}") from error
     except (StrictDataclassError, TypeError, ArithmeticError) as error:  # a width of 0, a text for a number
-        raise PlanError(f"{where} is no {kind}: {_shortly(error)}") from error
-
-
-def _shortly(error: Exception) -> str:
-    """What another library has to say, in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise PlanError(f"{where} is no {kind}: {shortly(error)}") from error
 
 
 def shape_of(config: Config) -> Shape:
@@ -162,12 +157,13 @@ def shape_of(config: Config) -> Shape:
     try:
         model = meta_model(found, dtype)
         found = model.config
-        _check_kind(config, type(model), found)
+        served = config.engine.max_context if config.engine.kind == "torch" else None
+        check_class(type(model), found, attention=config.model.attention, served=served)
         activation = autocast_activation_bytes(found, dtype) if low else activation_bytes(model)
     except ModelError:
         raise
     except (ValueError, RuntimeError, TypeError, AttributeError, ArithmeticError) as error:
-        what = _shortly(error)
+        what = shortly(error)
         raise PlanError(f"no causal language model can be planned from this architecture: {what}") from error
     head = ValueHead(int(found.hidden_size), config.model.value_width)
     head_parameters = sum(p.numel() for p in head.parameters())
@@ -210,14 +206,6 @@ def shape_of(config: Config) -> Shape:
         positions=int(getattr(found, "max_position_embeddings", 0) or 0),
         activation=activation,
     )
-
-
-def _check_kind(config: Config, kind: Any, found: Any) -> None:
-    """Raise ModelError for a model of class `kind` that a launch would refuse."""
-    check_text(kind)
-    if config.engine.kind == "torch":
-        check_served(kind, found, config.engine.max_context)
-    check_attention(kind, config.model.attention)
 
 
 def meta_model(found: Any, dtype: str) -> Any:

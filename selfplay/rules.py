@@ -3,6 +3,7 @@ rule can still be read, evaluated and resumed as it is."""
 
 from __future__ import annotations
 
+from mcts.engines.server_dialects import DIALECTS
 from mcts.strategies import build as build_strategy
 from selfplay.config import Config
 from selfplay.errors import UserError
@@ -24,24 +25,22 @@ def check_rules(config: Config) -> None:
             "training in float16 loses small gradients: set model.dtype to float32 or bfloat16 (engine.dtype: float16 "
             "plays in it), or freeze_trunk"
         )
-    _check_odds(config)
-
-
-def _check_odds(config: Config) -> None:
-    """What a server says of how likely its draws were."""
-    search = config.play.search
     strategy = build_strategy(search.strategy.name, **search.strategy.settings)
     objective = build_objective(config.learn.objective.name, **config.learn.objective.settings)
-    own = getattr(strategy, "temperature", None)
-    temperature = search.temperature if own is None else own
-    if config.engine.server is None:
-        return
-    if config.engine.server.dialect == "sglang" and temperature not in (0.0, 1.0):
+    if engine.server is not None:
+        own = getattr(strategy, "temperature", None)
+        temperature = search.temperature if own is None else own
+        _check_odds(engine.server.dialect, temperature, search.top_p, needed=Need.BEHAVIOR in objective.needs)
+
+
+def _check_odds(dialect: str, temperature: float, top_p: float, *, needed: bool) -> None:
+    """What a server says of how likely its draws were. `needed`: the objective asks for it."""
+    if DIALECTS[dialect].scaled and temperature not in (0.0, 1.0):
         raise UserError(
             "SGLang returns log-probabilities under the temperature and not the model's: set the search's temperature "
             "to 1"
         )
-    if Need.BEHAVIOR in objective.needs and (temperature not in (0.0, 1.0) or (temperature and search.top_p != 1.0)):
+    if needed and (temperature not in (0.0, 1.0) or (temperature and top_p != 1.0)):
         raise UserError(
             "a server does not say how likely its draws were under another temperature or top_p, and importance ratios "
             "need it: set play.search.temperature and top_p to 1, or the objective's importance to none"

@@ -13,10 +13,14 @@ _NEEDS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
 
 
 def check_kind(path: str | Path, *, attention: str, served: int | None) -> None:
-    """Raise ModelError where the model `path` (folder or name) is none that learns under `attention`, or that the torch
-    engine serves in a context of `served` tokens (None: it need not)."""
+    """Raise ModelError where the model `path` (folder or name) is none that `check_class` lets pass."""
     config = described(path)
-    kind = kind_of(config)
+    check_class(kind_of(config), config, attention=attention, served=served)
+
+
+def check_class(kind: Any, config: Any, *, attention: str, served: int | None) -> None:
+    """Raise ModelError where a model of class `kind` is none that learns under `attention`, or that the torch engine
+    serves in a context of `served` tokens (None: it need not)."""
     check_text(kind)
     if served is not None:
         check_served(kind, config, served)

@@ -199,7 +199,7 @@ def described(path: str | Path) -> Any:
         return AutoConfig.from_pretrained(folder, **_OFFLINE)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(
-            f"{folder}/config.json describes no model that transformers knows: {_shortly(error)}"
+            f"{folder}/config.json describes no model that transformers knows: {shortly(error)}"
         ) from error
 
 
@@ -283,7 +283,7 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
                 folder, dtype=DTYPES[dtype], attn_implementation=attn, **_OFFLINE, use_safetensors=True
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {_shortly(error)}") from error
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {shortly(error)}") from error
     except SafetensorError as error:
         raise DamagedModel(f"the weights in {folder} are damaged ({error}): restore them from a copy") from error
     except RuntimeError as error:
@@ -294,9 +294,9 @@ def _load(folder: Path, dtype: str, attn: str | None) -> tuple[Any, Any]:
     return model, read_tokenizer(folder)
 
 
-def _shortly(error: Exception) -> str:
-    """What another library has to say, in one line."""
-    said = " ".join(str(error).split())
+def shortly(error: Exception) -> str:
+    """What another library has to say, in one line of at most 240 characters."""
+    said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= 240 else said[:237] + "..."
 
 
@@ -312,7 +312,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **_OFFLINE)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_shortly(error)}") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {shortly(error)}") from error
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:

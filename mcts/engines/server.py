@@ -15,8 +15,9 @@ from typing import Any, Literal, cast
 
 from mcts.engines.base import EngineFull
 from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights
+from mcts.engines.server_dialects import DIALECTS
 from mcts.engines.server_http import Answer, Client, Failure
-from mcts.engines.server_protocol import ALONE, SCALED, payload, read
+from mcts.engines.server_protocol import payload, read
 from mcts.engines.server_text import Text
 from mcts.engines.server_value import LocalValue, ServedValue
 from mcts.engines.server_weights import Reload, Weights, label
@@ -37,7 +38,7 @@ class Service:
     """`text` for servers that take no token ids: a prefix whose text would be read as other tokens is refused."""
     split: bool = False
     """One call per sample, for servers that ignore `n`. Greedy requests are always split (vLLM refuses them else), and
-    so are all of SGLang's (`ALONE`)."""
+    so are all of a dialect that is `single`."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """More fields of the call."""
 
@@ -200,7 +201,8 @@ class ServerEngine:
             why = f"the prefix of {len(request.prefix)} tokens leaves no room in a context of {self.context}"
             self._ready.append(Reply(request, (), error=why))
             return
-        if self.service.dialect in SCALED and request.temperature not in (0.0, 1.0):
+        kind = DIALECTS[self.service.dialect]
+        if kind.scaled and request.temperature not in (0.0, 1.0):
             why = (
                 f"SGLang would return log-probabilities under temperature {request.temperature:g} and not the model's: "
                 "draw at temperature 1 or 0"
@@ -210,7 +212,7 @@ class ServerEngine:
         greedy = request.temperature == 0.0
         bent = request.temperature != 1.0 or request.top_p != 1.0
         prefix, tokens = tuple(request.prefix.tolist()), min(request.max_tokens, room)
-        size = 1 if greedy or self.service.split or self.service.dialect in ALONE else request.n
+        size = 1 if greedy or self.service.split or kind.single else request.n
         active = self._requests[request.id] = _Active(request)
         try:
             for first in range(0, request.n, size):

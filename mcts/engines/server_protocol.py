@@ -7,41 +7,18 @@ first thing that is missing is named in one sentence.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mcts.engines.server_asked import Asked, Begun, Omission, OtherWeights, numbered, shown
+from mcts.engines.server_dialects import DIALECTS
 from mcts.engines.server_reading import ending
 from mcts.engines.server_text import Text
 from mcts.rng import hash64
 from mcts.types import Float32, Request, Step
-
-Dialect = Literal["vllm", "sglang", "openai"]
-
-DIALECTS: dict[str, dict[str, Any]] = {
-    # A server takes the model's generation_config.json as defaults: whatever bends the distribution is set to neutral.
-    "vllm": {
-        "return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "add_special_tokens": False,
-    },
-    "sglang": {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
-    "openai": {},
-}  # fmt: skip
-"""What each kind of server is asked beside the common fields."""
-
-ALONE = frozenset({"sglang"})
-"""Dialects of which a call asks for one sample: SGLang draws all n from the one seed, equal to the last token where it
-honours seeds (--enable-deterministic-inference), and reports the cache as the first of them filled it."""
-
-SCALED = frozenset({"sglang"})
-"""Dialects whose log-probabilities are those under the request's temperature, where the model's own are asked for."""
-
-STOPS_AT_TOKENS = frozenset({"vllm", "sglang"})
-"""Dialects that take ids of tokens to stop at: a server stops by itself at the EOS of the model's generation config,
-and not where a turn of the chat template ends with another token."""
 
 SEED_BITS = 53
 """Integers that every JSON reader keeps. Sample i is drawn from seed + i, as vLLM does."""
@@ -63,7 +40,7 @@ def payload(
     request: Request, asked: Asked, text: Text, dialect: str, written: str | None, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The JSON body of a call of a request. `written`: the prefix as text, None to send its token ids."""
-    seed = request.seed
+    seed, kind = request.seed, DIALECTS[dialect]
     if asked.begun.token_ids:  # other random numbers than those that the step began with
         seed = hash64(seed, asked.first, len(asked.begun.token_ids))
     return {
@@ -74,14 +51,10 @@ def payload(
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": (seed & ((1 << SEED_BITS) - 1)) + asked.first,
-        "stop": [text.delimiter],
+        **kind.stops(text.delimiter, text.eos_ids),
         "logprobs": 1,
         "stream": False,
-        **DIALECTS[dialect],
-        **({"stop_token_ids": sorted(text.eos_ids)} if dialect in STOPS_AT_TOKENS else {}),
-        # SGLang looks for a stop text in as many last tokens as its tokenizer writes it with, and one; for a pattern in
-        # as many as it has characters, and one. Drawn tokens may write the delimiter with more pieces.
-        **({"stop_regex": [re.escape(text.delimiter)]} if dialect == "sglang" else {}),
+        **kind.fields,
         **extra,
     }
 
